@@ -127,7 +127,8 @@ class HeadAttention(nn.Module):
         return self.out((scores @ v).transpose(1, 2).reshape(b, t, -1))
 
 
-HEADS = " ".join(f"1.attention.{axis}" for axis in "q.weight[0] q.bias[0] k.weight[0] v.bias[0] out.weight[1]".split())
+LEAVES = ("q.weight[0]", "q.bias[0]", "k.weight[0]", "v.bias[0]", "out.weight[1]")
+HEADS = " ".join(f"1.attention.{leaf}" for leaf in LEAVES)
 
 
 @entry(
