@@ -1,0 +1,88 @@
+"""Sizes that PyTorch's own modules keep as Python integers beside their parameters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Kept(NamedTuple):
+    """An integer attribute (or entry ``index`` of a tuple): ``times`` an axis of a parameter over ``divisor``."""
+
+    name: str
+    index: int | None
+    parameter: str
+    dim: int
+    divisor: int = 1
+    times: int = 1
+
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+def bookkeeping(module: nn.Module) -> list[Kept]:
+    """Return the sizes that a module keeps and that must follow when its parameters are resized.
+
+    Third-party modules keep theirs too; `trace` finds those by letting them vary.
+
+    Example:
+        >>> bookkeeping(nn.Linear(2, 3))[0]
+        Kept(name='in_features', index=None, parameter='weight', dim=1, divisor=1, times=1)
+    """
+    if isinstance(module, nn.Linear):
+        return [Kept("in_features", None, "weight", 1), Kept("out_features", None, "weight", 0)]
+    if isinstance(module, nn.Bilinear):
+        kept = [Kept("out_features", None, "weight", 0), Kept("in1_features", None, "weight", 1)]
+        return [*kept, Kept("in2_features", None, "weight", 2)]
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return _conv(module)
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        parameter = "weight" if module.weight is not None else "running_mean"
+        tensor = getattr(module, parameter)
+        return [Kept("num_features", None, parameter, 0)] if tensor is not None else []
+    if isinstance(module, _NORMS) and module.weight is not None:
+        return [Kept("normalized_shape", i, "weight", i) for i in range(module.weight.ndim)]
+    if isinstance(module, nn.GroupNorm) and module.weight is not None:
+        return [Kept("num_channels", None, "weight", 0)]
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return [Kept("num_embeddings", None, "weight", 0), Kept("embedding_dim", None, "weight", 1)]
+    if isinstance(module, nn.PReLU):
+        return [Kept("num_parameters", None, "weight", 0)]
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention(module)
+    if isinstance(module, nn.RNNCellBase):
+        gates = module.weight_hh.shape[0] // module.hidden_size
+        return [Kept("input_size", None, "weight_ih", 1), Kept("hidden_size", None, "weight_ih", 0, gates)]
+    if isinstance(module, nn.RNNBase):
+        return [Kept("input_size", None, "weight_ih_l0", 1), *_recurrent(module)]
+    return []
+
+
+def _conv(module: nn.modules.conv._ConvNd) -> list[Kept]:
+    produced, consumed = (1, 0) if module.transposed else (0, 1)
+    rows = module.weight.shape[0]
+    if module.groups > 1 and module.weight.shape[1] == 1:
+        # Depthwise: groups follow the channels, with a fixed number of kernels for each.
+        sizes = {"in_channels": module.in_channels, "out_channels": module.out_channels, "groups": module.groups}
+        return [Kept(name, None, "weight", 0, rows // size) for name, size in sizes.items()]
+    if module.groups > 1:
+        names = ("out_channels", "in_channels") if module.transposed else ("in_channels", "out_channels")
+        return [Kept(names[0], None, "weight", 1, times=module.groups), Kept(names[1], None, "weight", 0)]
+    return [Kept("in_channels", None, "weight", consumed), Kept("out_channels", None, "weight", produced)]
+
+
+def _attention(module: nn.MultiheadAttention) -> list[Kept]:
+    kept = [Kept("embed_dim", None, "out_proj.weight", 1)]
+    kept.append(Kept("head_dim", None, "out_proj.weight", 1, module.num_heads))
+    if module._qkv_same_embed_dim:
+        return [*kept, Kept("kdim", None, "in_proj_weight", 1), Kept("vdim", None, "in_proj_weight", 1)]
+    return [*kept, Kept("kdim", None, "k_proj_weight", 1), Kept("vdim", None, "v_proj_weight", 1)]
+
+
+def _recurrent(module: nn.RNNBase) -> list[Kept]:
+    gates = module.weight_hh_l0.shape[0] // module.hidden_size
+    kept = [Kept("hidden_size", None, "weight_hh_l0", 0, gates)]
+    if module.proj_size:
+        kept.append(Kept("proj_size", None, "weight_hh_l0", 1))
+    return kept

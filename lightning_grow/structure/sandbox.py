@@ -1,0 +1,71 @@
+"""Run a model with other tensors and sizes, and leave it exactly as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_grow.structure.axes import Attribute
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back whatever attributes the modules set, and random generators, however the body ends."""
+    saved = [(module, dict(module.__dict__)) for module in model.modules()]
+    inner = [
+        (value, value.copy())
+        for _, attributes in saved
+        for value in attributes.values()
+        if isinstance(value, (dict, list, set))
+    ]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for value, copy in inner:
+                value.clear()
+                value.extend(copy) if isinstance(value, list) else value.update(copy)
+            for module, attributes in saved:
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+
+
+def swap_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in the place of parameters and buffers, tied ones included. Use inside `unchanged`."""
+    by_id = {id(t): tensors[n] for n, t in [*model.named_parameters(), *model.named_buffers()] if n in tensors}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and id(tensor) in by_id:
+                    table[name] = by_id[id(tensor)]  # type: ignore[assignment]
+        if isinstance(module, nn.RNNBase):
+            module.__dict__["_flat_weights"] = [module._parameters[n] for n in module._flat_weights_names]
+
+
+def set_size(model: nn.Module, attribute: Attribute, size: Any) -> None:
+    """Write a size that a module keeps as a Python integer, or as one entry of a tuple or list."""
+    module = model.get_submodule(attribute.module)
+    if attribute.index is not None:
+        value = getattr(module, attribute.name)
+        size = type(value)([*value[: attribute.index], size, *value[attribute.index + 1 :]])
+    object.__setattr__(module, attribute.name, size)
+
+
+def tensors_in(output: Any, depth: int = 3) -> list[Tensor]:
+    """Return the tensors of an output: of nested containers, dataclasses and mappings."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif depth and isinstance(leaf, Mapping):
+            found += [t for v in leaf.values() for t in tensors_in(v, depth - 1)]
+        elif depth and dataclasses.is_dataclass(leaf):
+            found += [t for f in dataclasses.fields(leaf) for t in tensors_in(getattr(leaf, f.name), depth - 1)]
+    return found

@@ -1,0 +1,262 @@
+"""Turn the size equations of a trace into unit counts.
+
+Each axis starts with a symbol of its own. Solving leaves the independent ones: the unit counts, one for each group.
+Every size is then a polynomial in unit counts with integer coefficients, for example ``16*u0 + 16*u1``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import sympy
+
+Expr = Any  # a sympy expression; sympy ships no types
+
+_DIVISIONS = ("FloorDiv", "CleanDiv", "floor")
+
+
+class Solution:
+    """Substitutions from raw symbols to polynomials in unit counts.
+
+    Attributes:
+        known: What each eliminated symbol equals.
+        reasons: Why symbols were fixed here, beyond what the trace itself says.
+        roots: Symbols that the trace itself fixed.
+    """
+
+    def __init__(self, hints: Mapping[Expr, int]) -> None:
+        self.hints: dict[Expr, int] = dict(hints)
+        self.known: dict[Expr, Expr] = {}
+        self.reasons: dict[Expr, str] = {}
+        self.roots: set[Expr] = set()
+        self._origin: dict[Expr, set[Expr]] = {}
+        self._fact: Expr = sympy.Integer(0)
+        self._cache: dict[Expr, Expr] = {}
+        self._fresh = 0
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def __call__(self, expr: Expr) -> Expr:
+        """Return ``expr`` as a polynomial in unit counts; divisions that do not divide are left in."""
+        if expr in self._cache:
+            return self._cache[expr]
+        result = expr
+        while True:
+            symbols = [s for s in result.free_symbols if s in self.known]
+            if not symbols:
+                break
+            result = result.xreplace({s: self.known[s] for s in symbols})
+            if expr.is_Symbol:
+                self.known[expr] = result  # shortens chains of equal symbols
+        result = sympy.expand(self._divide(result)) if result.free_symbols else self._divide(result)
+        self._cache[expr] = result
+        return result
+
+    def size(self, expr: Expr) -> int:
+        """Return the size in the model at hand."""
+        value = self(expr)
+        value = value.xreplace({s: sympy.Integer(self.hints[s]) for s in value.free_symbols})
+        return int(self._divide(value))
+
+    def _divide(self, expr: Expr) -> Expr:
+        """Carry out divisions that are exact for every size, and drop bounds that always hold."""
+        if not expr.args or expr.is_Symbol:
+            return expr
+        args = tuple(self._divide(a) for a in expr.args)
+        kind = type(expr).__name__
+        if kind in _DIVISIONS and len(args) == 2:
+            quotient = self._quotient(*args)
+            return expr.func(*args) if quotient is None else quotient
+        if kind == "Max":
+            rest = [a for a in args if not (a.is_Integer and a <= 1)]
+            return rest[0] if len(rest) == 1 else expr.func(*args)
+        return expr.func(*args) if args != expr.args else expr
+
+    @staticmethod
+    def _quotient(top: Expr, bottom: Expr) -> Expr | None:
+        """Return ``top // bottom`` if the terms with symbols divide exactly, else None."""
+        terms = sympy.Add.make_args(sympy.expand(top))
+        whole, rest = sympy.Integer(0), sympy.Integer(0)
+        for term in terms:
+            ratio = sympy.cancel(term / bottom)
+            coefficients = [c for c in ratio.as_coefficients_dict().values()]
+            if ratio.is_polynomial() and all(c.is_Integer for c in coefficients):
+                whole += ratio
+            elif term.is_Integer:
+                rest += term
+            else:
+                return None
+        if rest == 0:
+            return whole
+        if not bottom.is_Integer:
+            return None
+        return whole + sympy.floor(rest / bottom)
+
+    # -- solving ---------------------------------------------------------------------------------------------------
+
+    def solve(self, facts: Iterable[Expr], divisible: Iterable[tuple[Expr, Expr]]) -> None:
+        """Use up all equations. Symbols in an equation that is not understood are fixed at their present size."""
+        queue = deque(facts)
+        pairs = list(divisible)
+        for top, bottom in pairs:
+            if bottom.is_Integer:
+                self._make_divisible(top, bottom)
+        stalled = 0
+        while queue:
+            fact = self._fact = queue.popleft()
+            left = self(fact)
+            if self._use(left):
+                stalled = 0
+            elif stalled <= len(queue):
+                queue.append(fact)
+                stalled += 1
+            else:
+                self._fix_all(left, "a size equation that is not linear ties this axis")
+                stalled = 0
+        for top, bottom in pairs:
+            self._make_divisible(top, bottom)
+
+    def make_whole(self, expr: Expr) -> Expr:
+        """Return ``expr`` as a polynomial, restricting unit counts to multiples where a division asks for it."""
+        for _ in range(8):
+            value = self(expr)
+            divisions = [d for d in sympy.preorder_traversal(value) if type(d).__name__ in _DIVISIONS]
+            if not divisions:
+                break
+            inner = divisions[-1]
+            self._make_divisible(*inner.args[:2])
+        value = self(expr)
+        if not value.is_polynomial(*value.free_symbols):
+            self._fix_all(value, "its size is computed in a way that is not a sum of products")
+            value = self(expr)
+        return value
+
+    def fix(self, expr: Expr, reason: str) -> None:
+        """Fix every unit count in ``expr`` at its present size."""
+        self._fix_all(self(expr), reason)
+
+    def _use(self, left: Expr) -> bool:
+        """Use the equation ``left == 0``; False if it cannot be used yet."""
+        if not left.free_symbols:
+            return True
+        divisions = [d for d in sympy.preorder_traversal(left) if type(d).__name__ in _DIVISIONS]
+        if divisions:
+            return self._make_divisible(*divisions[-1].args[:2]) and self._use(self(left))
+        symbols = sorted(left.free_symbols, key=str)
+        if not left.is_polynomial(*symbols):
+            return False
+        poly = sympy.Poly(left, *symbols)
+        if poly.total_degree() > 1:
+            return self._use_product(left)
+        coefficients = {s: int(poly.coeff_monomial(s)) for s in symbols}
+        constant = int(poly.coeff_monomial(1))
+        return self._use_linear(coefficients, constant, left)
+
+    def _use_linear(self, coefficients: dict[Expr, int], constant: int, left: Expr) -> bool:
+        if len(coefficients) == 1:
+            ((symbol, c),) = coefficients.items()
+            self._fixed_by_fact(symbol)
+            self._set(symbol, sympy.Integer(-constant // c))
+            return True
+        # A symbol that is a sum of the others with positive coefficients: a width made of widths.
+        for symbol, c in sorted(coefficients.items(), key=lambda item: (abs(item[1]), str(item[0]))):
+            others = {s: -k if c > 0 else k for s, k in coefficients.items() if s is not symbol}
+            rest = -constant if c > 0 else constant
+            if all(k > 0 for k in others.values()) and rest >= 0:
+                return self._set_sum(symbol, abs(c), others, rest)
+        return False
+
+    def _set_sum(self, symbol: Expr, c: int, others: dict[Expr, int], rest: int) -> bool:
+        """Use ``c*symbol == sum(k*s) + rest``."""
+        if rest % c:
+            return False
+        total = sympy.Integer(rest // c)
+        for s, k in others.items():
+            g = math.gcd(c, k)
+            if c != g:
+                if self.hints[s] % (c // g):
+                    return False
+                s = self._multiples(s, c // g)
+            total += (k // g) * s
+        self._set(symbol, total)
+        return True
+
+    def _use_product(self, left: Expr) -> bool:
+        """Use an equation with products if it has a common factor: ``h*d - h*e == 0`` says ``d == e``."""
+        factored = sympy.factor(left)
+        parts = [f for f in sympy.Mul.make_args(factored) if f.free_symbols and not f.is_Symbol]
+        if len(parts) == 1 and parts[0] != left:
+            return self._use(sympy.expand(parts[0]))
+        return False
+
+    def _make_divisible(self, top: Expr, bottom: Expr) -> bool:
+        """Restrict unit counts so that ``bottom`` divides ``top`` (up to its constant); False if they do not now."""
+        top, bottom = self(top), self(bottom)
+        if not top.free_symbols or self._quotient(top, bottom) is not None:
+            return True
+        if not bottom.is_Integer:
+            return self._use_symbolic_divisor(top, bottom)
+        if not top.is_polynomial(*top.free_symbols):
+            return False
+        m = int(bottom)
+        for term in sympy.Add.make_args(sympy.expand(top)):
+            c, monomial = term.as_coeff_Mul()
+            if monomial == 1 or int(c) % m == 0:
+                continue
+            need = m // math.gcd(int(c), m)
+            for symbol in sorted(monomial.free_symbols, key=str):
+                if self.hints[symbol] % need == 0:
+                    self._multiples(symbol, need)
+                    break
+            else:
+                return False
+        return True
+
+    def _use_symbolic_divisor(self, top: Expr, bottom: Expr) -> bool:
+        """Let ``a // b`` be exact where ``b`` varies: keep the present ratio of one to the other, if it is whole."""
+        if bottom.is_Symbol and top.is_Symbol and self.hints[top] % self.hints[bottom] == 0:
+            self._set(top, bottom * (self.hints[top] // self.hints[bottom]))
+            return True
+        self._fix_all(bottom, "other sizes are divided by it")
+        return True
+
+    def _multiples(self, symbol: Expr, step: int) -> Expr:
+        """Let ``symbol`` be ``step`` times a new unit count, and return that."""
+        self._fresh += 1
+        units = sympy.Symbol(f"u{self._fresh}", positive=True, integer=True)
+        self.hints[units] = self.hints[symbol] // step
+        self._set(symbol, step * units)
+        return units
+
+    def _fix_all(self, expr: Expr, reason: str) -> None:
+        for symbol in sorted(expr.free_symbols, key=str):
+            self.reasons.setdefault(symbol, reason)
+            self._set(symbol, sympy.Integer(self.hints[symbol]))
+
+    def reason(self, expr: Expr) -> tuple[Expr, str | None]:
+        """Return the symbol at the root of why ``expr`` is fixed, and why, if it was fixed here."""
+        seen = set()
+        queue = deque(sorted(expr.free_symbols, key=str))
+        last = queue[0] if queue else expr
+        while queue:
+            symbol = queue.popleft()
+            if symbol in seen:
+                continue
+            seen.add(symbol)
+            if symbol in self.reasons:
+                return symbol, self.reasons[symbol]
+            last = symbol if symbol in self.roots else last
+            queue.extend(sorted(self._origin.get(symbol, ()), key=str))
+        return last, None
+
+    def _fixed_by_fact(self, symbol: Expr) -> None:
+        """Let a symbol that an equation fixes share the reason of the other symbols in that equation."""
+        self._origin[symbol] = {s for s in self._fact.free_symbols if s is not symbol}
+
+    def _set(self, symbol: Expr, value: Expr) -> None:
+        self.known[symbol] = value
+        self._origin.setdefault(symbol, value.free_symbols)
+        self._cache.clear()

@@ -1,0 +1,400 @@
+"""Find what may be resized in any model: ``trace(model, *args, **kwargs) -> Structure``.
+
+One run on fake tensors with symbolic sizes gives equations (`symbolic`), solving them gives unit counts (`solve`), what
+was seen on the way gives the order of entries (`resolve`), and every proposal is tried on resized tensors before it
+counts (`verify`). No rule per operator, no change to the model, no gradient.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_grow.structure.axes import Attribute, Axis, AxisGroup, Block, Layout, Structure, Units, layout_units
+from lightning_grow.structure.errors import StructureError
+from lightning_grow.structure.modules import bookkeeping
+from lightning_grow.structure.resolve import Resolver
+from lightning_grow.structure.solve import Solution
+from lightning_grow.structure.stacks import find_stacks
+from lightning_grow.structure.symbolic import Bound, Source, Trace, run
+from lightning_grow.structure.verify import Trials, Unrunnable, choose_layouts, judge
+
+log = logging.getLogger(__name__)
+
+Expr = Any  # a sympy expression; sympy ships no types
+
+
+def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Structure:
+    r"""Find every width and depth of a model that its code allows to vary.
+
+    The model runs once on fake tensors (sizes without values) and a few times on resized copies of single tensors, to
+    verify what was found. Parameters, buffers, attributes, train or eval mode and random generators are left as they
+    were.
+
+    Args:
+        model: Any module. For a ``LightningModule``, its ``forward`` is run.
+        *args: Example inputs, as for ``model(*args, **kwargs)``. Their sizes count as fixed.
+        **kwargs: Further example inputs.
+
+    Returns:
+        The groups of coupled axes, the stacks of blocks, and each remaining axis with the reason why it is pinned.
+
+    Raises:
+        StructureError: If the model has no parameters, or its forward cannot be run on fake tensors.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+        >>> structure = trace(model, torch.zeros(2, 1, 4, 4))
+        >>> [str(axis) for axis in structure["0"].axes if axis.role == "consumed"]
+        ['3.weight[1] = 0*4']
+    """
+    return trace_call(model, model, *args, **kwargs)
+
+
+def trace_call(model: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Structure:
+    """Do as `trace`, running ``call(*args, **kwargs)`` in the place of the model's own forward.
+
+    For example ``trace_call(module, module.training_step, batch, 0)``.
+    """
+    if not any(True for _ in model.parameters()):
+        raise StructureError(f"{type(model).__name__} has no parameters, so there is nothing to resize.")
+    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedTensorMixin)]
+    if lazy:
+        raise StructureError(f"'{lazy[0]}' is not initialised yet. Run the model once, then trace it.")
+    if not pytree.tree_leaves((args, kwargs)) and call is model:
+        raise StructureError(
+            f"Tracing {type(model).__name__} needs example inputs: trace(model, *args, **kwargs), "
+            "or set 'example_input_array' on a LightningModule."
+        )
+    return _Tracer(model, call, args, kwargs).structure()
+
+
+class _Tracer:
+    """One call of `trace`."""
+
+    def __init__(self, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model, self.call, self.args, self.kwargs = model, call, args, kwargs
+        self.named: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.canonical = {id(t): n for n, t in reversed(self.named.items())}
+        self.modules = dict(model.named_modules())
+
+    def structure(self) -> Structure:
+        bound = self._kept_by_torch() | self._own_sizes()
+        seen = self._run(bound)
+        proposal = _Proposal(self, seen)
+        freed = self._sizes_that_pin(proposal, bound)
+        if freed:
+            proposal = self._better(proposal, bound, freed)
+        groups, pinned = self._verified(proposal)
+        pinned = {label: reason for label, reason in (proposal.pinned | pinned).items()}
+        stacks = find_stacks(self.model, self.call, self.args, self.kwargs, groups)
+        return Structure(groups=groups, stacks=stacks, pinned=_in_order(pinned, self.named))
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def _run(self, bound: Mapping[Bound, Source]) -> Trace:
+        tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+        try:
+            return run(self.model, lambda: self.call(*self.args, **self.kwargs), self._static, bound, tensors)
+        except Exception as error:  # the model's own code: anything can happen
+            raise StructureError(
+                f"{type(self.model).__name__} cannot be traced: {type(error).__name__}: {error}. Its forward must run "
+                "on the example inputs without looking at the values of tensors."
+            ) from error
+
+    def _static(self, name: str, tensor: Tensor) -> Sequence[int]:
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            return range(tensor.ndim)
+        owner = self.modules.get(name.rpartition(".")[0])
+        if isinstance(owner, nn.modules.conv._ConvNd) or tensor.ndim >= 4:
+            return range(2, tensor.ndim)
+        if isinstance(owner, nn.RNNBase):
+            return range(tensor.ndim)
+        return ()
+
+    # -- sizes kept in Python ------------------------------------------------------------------------------------
+
+    def _kept_by_torch(self) -> dict[Bound, Source]:
+        bound: dict[Bound, Source] = {}
+        for path, module in self.modules.items():
+            for kept in bookkeeping(module):
+                if kept.times == 1 and not isinstance(module, nn.RNNBase):
+                    bound[path, kept.name, kept.index] = (self._name(path, kept.parameter), kept.dim, kept.divisor)
+        return bound
+
+    def _name(self, path: str, parameter: str) -> str:
+        owner, _, leaf = f"{path}.{parameter}".removeprefix(".").rpartition(".")
+        return self.canonical[id(getattr(self.model.get_submodule(owner), leaf))]
+
+    def _own_sizes(self) -> dict[Bound, Source]:
+        """Sizes that a module which is not torch's own keeps beside its own parameters: let them vary."""
+        bound: dict[Bound, Source] = {}
+        for path, module in self.modules.items():
+            if bookkeeping(module):
+                continue
+            widths = {s for t in module.parameters(recurse=False) for s in t.shape}
+            for name, index, value in _integers(module):
+                if value in widths:
+                    bound[path, name, index] = value
+        return bound
+
+    def _sizes_that_pin(self, proposal: _Proposal, bound: Mapping[Bound, Source]) -> dict[Bound, Source]:
+        """Integers of modules at which (or below which) an axis became fixed, and that it equals."""
+        freed: dict[Bound, Source] = {}
+        for size, where in proposal.fixed_sizes:
+            path = where
+            while True:
+                for name, index, value in _integers(self.modules[path]) if path in self.modules else ():
+                    if value == size and (path, name, index) not in bound:
+                        freed[path, name, index] = value
+                if not path:
+                    break
+                path = path.rpartition(".")[0]
+        return freed
+
+    def _better(self, proposal: _Proposal, bound: dict[Bound, Source], freed: dict[Bound, Source]) -> _Proposal:
+        """Return the proposal with freed sizes if the model still runs and more axes vary."""
+        try:
+            other = _Proposal(self, self._run(bound | freed))
+        except StructureError as error:
+            log.debug("sizes kept in Python stay fixed: %s", error)
+            return proposal
+        return other if len(other.pinned) < len(proposal.pinned) else proposal
+
+    # -- verification --------------------------------------------------------------------------------------------
+
+    def _verified(self, proposal: _Proposal) -> tuple[dict[str, AxisGroup], dict[str, str]]:
+        if not proposal.groups:
+            return {}, {}
+        tensors = {a.tensor for g in proposal.groups for a in g.axes}
+        try:
+            trials = Trials(self.model, self.call, self.args, self.kwargs, tensors)
+        except Unrunnable as error:
+            log.warning("The structure of %s is not verified: %s.", type(self.model).__name__, error)
+            return {g.name: g for g in proposal.groups}, {}
+        trials.sizes = {g.name: g.size for g in proposal.groups}
+        chosen, reasons = choose_layouts(trials, proposal.groups, proposal.options)
+        judged, more = judge(trials, chosen, proposal.mixing)
+        reasons |= more
+        groups, pinned = _without(judged, proposal.groups, reasons)
+        if self.call is not self.model:
+            ends = {g.name: "model output: nothing consumes it" for g in groups if g.obstacle and not g.with_role("consumed")}
+            groups, more = _without([g for g in groups if g.name not in ends], groups, ends)
+            pinned |= more
+        return {g.name: g for g in groups}, pinned
+
+
+def _without(
+    groups: Sequence[AxisGroup], all_groups: Sequence[AxisGroup], reasons: Mapping[str, str]
+) -> tuple[list[AxisGroup], dict[str, str]]:
+    """Leave out groups; their axes become pinned, and fixed parts of the composite axes of other groups."""
+    pinned: dict[str, str] = {}
+    gone = {g.name: g for g in all_groups if g.name in reasons}
+    for g in gone.values():
+        for axis in g.axes:
+            pinned[axis.label] = reasons[g.name]
+    sizes = {name: g.size for name, g in gone.items()}
+    kept = []
+    for g in groups:
+        axes = tuple(replace(a, layout=_fixed(a.layout, sizes)) for a in g.axes)
+        attributes = tuple(replace(a, layout=_fixed(a.layout, sizes)) for a in g.attributes)
+        kept.append(replace(g, axes=axes, attributes=attributes))
+        for axis in axes:
+            pinned.pop(axis.label, None)
+    return kept, pinned
+
+
+def _fixed(layout: Layout, sizes: Mapping[str, int]) -> Layout:
+    blocks = []
+    for block in layout:
+        factors = tuple(sizes.get(f.group, f) if isinstance(f, Units) else f for f in block.factors)
+        blocks.append(Block(factors))
+    return tuple(blocks)
+
+
+class _Proposal:
+    """What a trace suggests, before it is verified."""
+
+    def __init__(self, tracer: _Tracer, seen: Trace) -> None:
+        self.tracer, self.seen = tracer, seen
+        self.solution = solution = Solution(seen.hints)
+        solution.roots = set(seen.fixed)
+        solution.solve(seen.facts, seen.divisible)
+        for expr in seen.outputs:
+            solution.fix(expr, "model output")
+        for raw in seen.symbols.values():
+            solution.make_whole(raw)
+        sizes = {key: solution(raw) for key, raw in seen.symbols.items()}
+        self.attributes = self._attributes()
+        self.units = self._name_units(sizes)
+        self.resolver = Resolver(seen, solution, self.units)
+        self.pinned: dict[str, str] = {}
+        self.fixed_sizes: set[tuple[int, str]] = set()
+        layouts = self._layouts(sizes)
+        self.groups, self.options = self._make_groups(layouts)
+        self.mixing = self._mixing()
+
+    def _name_units(self, sizes: Mapping[tuple[str, int], Expr]) -> dict[Expr, Units]:
+        """Name each unit count after the first module that produces it."""
+        order: dict[Expr, tuple[str, int, int]] = {}
+        for wanted in ("produced", "carried", "consumed"):
+            for (tensor, dim), expr in sizes.items():
+                symbols = expr.free_symbols
+                if len(symbols) == 1 and self.seen.roles.get(self.seen.symbols[tensor, dim], "carried") == wanted:
+                    (symbol,) = symbols
+                    coefficient = expr.as_coeff_Mul()
+                    if coefficient[1] == symbol:
+                        order.setdefault(symbol, (tensor, dim, int(coefficient[0])))
+        position = {name: i for i, name in enumerate(self.tracer.named)}
+        units: dict[Expr, Units] = {}
+        taken: set[str] = set()
+        for symbol, (tensor, dim, per_unit) in sorted(order.items(), key=lambda o: (position[o[1][0]], o[1][1])):
+            name = _group_name(tensor, dim, taken)
+            taken.add(name)
+            units[symbol] = Units(name, tensor, dim, per_unit)
+        return units
+
+    def _attributes(self) -> list[tuple[Bound, Expr]]:
+        """Return every size kept in Python with its expression, also where the trace had no need to bind it."""
+        found: dict[Bound, Expr] = {}
+        for path, module in self.tracer.modules.items():
+            for kept in bookkeeping(module):
+                raw = self.seen.sizes[self.tracer._name(path, kept.parameter), kept.dim]
+                found[path, kept.name, kept.index] = self.solution(raw) * kept.times / kept.divisor
+        for bound, raw in self.seen.attributes.items():
+            found.setdefault(bound, self.solution(raw))
+        return [(bound, expr) for bound, expr in found.items() if expr.free_symbols]
+
+    def _layouts(self, sizes: Mapping[tuple[str, int], Expr]) -> dict[tuple[str, int], list[Layout]]:
+        layouts: dict[tuple[str, int], list[Layout]] = {}
+        for (tensor, dim), raw in self.seen.sizes.items():
+            label = f"{tensor}[{dim}]"
+            expr = sizes.get((tensor, dim))
+            if tensor not in self.seen.used and tensor in dict(self.tracer.model.named_parameters()):
+                self.pinned[label] = "not used by the forward pass"
+            elif expr is None:
+                self.pinned[label] = self._why_static(tensor, dim)
+            elif not expr.free_symbols:
+                self.pinned[label] = self._why_fixed(raw)
+            elif not expr.free_symbols <= set(self.units):
+                self.pinned[label] = "its size is a sum that no single axis shows"
+            else:
+                options = self.resolver.layouts(raw)
+                if options:
+                    layouts[tensor, dim] = options
+                else:
+                    self.solution.fix(expr, "the order of its entries is not visible")
+                    self.pinned[label] = "the order of its entries is not visible"
+        fixed = {s for s in self.units if not self.solution(s).free_symbols}
+        for key in [k for k, o in layouts.items() if any(u in _symbols(o, self.units) for u in fixed)]:
+            self.pinned[f"{key[0]}[{key[1]}]"] = "tied to an axis whose order of entries is not visible"
+            del layouts[key]
+        return layouts
+
+    def _why_static(self, tensor: str, dim: int) -> str:
+        t = self.tracer.named[tensor]
+        owner = self.tracer.modules.get(tensor.rpartition(".")[0])
+        if t.shape[dim] < 2:
+            return f"size {t.shape[dim]}"
+        if not t.is_floating_point():
+            return "not a floating-point tensor"
+        if isinstance(owner, nn.RNNBase):
+            return f"inside the fused kernel of {type(owner).__name__}"
+        return "kernel extent"
+
+    def _why_fixed(self, raw: Expr) -> str:
+        symbol, reason = self.solution.reason(raw)
+        if reason is not None:
+            return reason
+        operator, where = self.seen.fixed.get(symbol, ("", ""))
+        size = self.solution.size(raw)
+        if not where:
+            return f"fixed at {size}"
+        self.fixed_sizes.add((size, where.split("'")[1] if where.startswith("'") else ""))
+        if operator in ("view", "_unsafe_view", "reshape", "expand"):
+            return f"literal {size} in a {operator} in {where}"
+        return f"meets a fixed size of {size} in {where}"
+
+    def _make_groups(
+        self, layouts: Mapping[tuple[str, int], list[Layout]]
+    ) -> tuple[list[AxisGroup], dict[str, list[AxisGroup]]]:
+        groups: list[AxisGroup] = []
+        options: dict[str, list[AxisGroup]] = {}
+        for symbol, units in self.units.items():
+            mine = {key: o for key, o in layouts.items() if units.group in layout_units(o[0])}
+            if not mine:
+                continue
+            attributes = tuple(
+                Attribute(*bound, self._amount(expr)) for bound, expr in self.attributes if symbol in expr.free_symbols
+            )
+            size = self.solution.hints[symbol]
+            depth = max(len(o) for o in mine.values())
+            candidates = []
+            for choice in range(depth):
+                axes = tuple(
+                    Axis(t, d, self._role(t, d), o[min(choice, len(o) - 1)]) for (t, d), o in mine.items()
+                )
+                candidates.append(AxisGroup(units.group, size, 1, axes, attributes))
+            groups.append(candidates[0])
+            if depth > 1:
+                options[units.group] = candidates[1:]
+        return groups, options
+
+    def _role(self, tensor: str, dim: int) -> Any:
+        return self.seen.roles.get(self.seen.symbols[tensor, dim], "carried")
+
+    def _amount(self, expr: Expr) -> Layout:
+        """Return a layout of the right length; the order of an amount means nothing."""
+        blocks = []
+        for monomial, c in sorted(expr.as_coefficients_dict().items(), key=str):
+            factors: list[int | Units] = [int(c)] if c != 1 or not monomial.free_symbols else []
+            for factor, power in monomial.as_powers_dict().items():
+                if factor.free_symbols:
+                    factors += [self.units[factor]] * int(power)
+            blocks.append(Block(tuple(factors)))
+        return tuple(blocks)
+
+    def _mixing(self) -> dict[str, str]:
+        mixing: dict[str, str] = {}
+        for expr, reason in self.seen.mixing:
+            for symbol in self.solution(expr).free_symbols:
+                if symbol in self.units and "adds up" not in reason:
+                    mixing.setdefault(self.units[symbol].group, reason)
+        for expr, reason in self.seen.mixing:
+            for symbol in self.solution(expr).free_symbols:
+                if symbol in self.units:
+                    mixing.setdefault(self.units[symbol].group, reason)
+        return mixing
+
+
+def _symbols(options: Iterable[Layout], units: Mapping[Expr, Units]) -> set[Expr]:
+    names = {name for layout in options for name in layout_units(layout)}
+    return {symbol for symbol, u in units.items() if u.group in names}
+
+
+def _group_name(tensor: str, dim: int, taken: set[str]) -> str:
+    """Return ``fc1`` for ``fc1.weight``; where that is taken, the tensor's own name, then with its dimension."""
+    short = tensor.removesuffix(".weight") if tensor != "weight" else tensor
+    return next(name for name in (short, tensor, f"{tensor}[{dim}]") if name not in taken)
+
+
+def _integers(module: nn.Module) -> list[tuple[str, int | None, int]]:
+    """Return the integers above 1 that a module keeps as attributes, also inside tuples and lists."""
+    found: list[tuple[str, int | None, int]] = []
+    for name, value in vars(module).items():
+        if type(value) is int and value > 1:
+            found.append((name, None, value))
+        elif isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+            found += [(name, i, v) for i, v in enumerate(value) if type(v) is int and v > 1]
+    return found
+
+
+def _in_order(pinned: Mapping[str, str], named: Mapping[str, Tensor]) -> dict[str, str]:
+    position = {f"{n}[{d}]": i for i, (n, d) in enumerate((n, d) for n, t in named.items() for d in range(t.ndim))}
+    return dict(sorted(pinned.items(), key=lambda item: position[item[0]]))
