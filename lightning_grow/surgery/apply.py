@@ -1,0 +1,280 @@
+"""Apply edits to a model and its optimizers: plan everything, then commit everything, or nothing at all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_grow.structure.axes import Attribute, Axis, Layout, Units, layout_length, layout_units, tensor_of
+from lightning_grow.structure.errors import StructureError
+from lightning_grow.surgery.edit import Edit
+from lightning_grow.surgery.fill import edited
+from lightning_grow.surgery.optimizer_state import OptimizerMemory
+from lightning_grow.surgery.plan import AxisMap, NewValues, TensorPlan, axis_map, value_source
+from lightning_grow.surgery.swap import Commit, check_swappable
+
+log = logging.getLogger(__name__)
+
+
+def apply_(
+    model: nn.Module,
+    edits: Iterable[Edit],
+    optimizers: Iterable[Any] = (),
+    *,
+    new_state: Literal["mean", "zeros"] = "mean",
+) -> None:
+    """Resize the model in place: weights, buffers, module attributes and optimizer state; all or nothing.
+
+    Parameters keep their identity, so that param groups, schedulers, tied weights and other references stay valid;
+    dtype, device, ``requires_grad``, Python attributes and train or eval mode stay. Gradients of resized parameters
+    are set to None. Optimizer state follows the units: see `optimizer_state`.
+
+    Args:
+        model: The model that the edited groups were traced from.
+        edits: At most one edit for each group. All sizes refer to the model as it is now.
+        optimizers: Optimizers of the model's parameters. State of optimizers that are not passed becomes stale.
+        new_state: What squared gradients are for new entries: ``"mean"`` of the existing units, so that the first
+            steps of new units are of the usual length, or ``"zeros"``.
+
+    Raises:
+        StructureError: If the model does not fit the edits (another size, an unknown tensor, sharded parameters), a
+            parameter has hooks, or an autograd graph is alive. Nothing has changed then, as after any other error.
+        ValueError: If a group is edited twice, values have a wrong shape, or an optimizer holds none of the model's
+            parameters.
+        TypeError: If an edit is not an `Edit`.
+
+    Example:
+        >>> from lightning_grow.structure.axes import Axis, AxisGroup, Block, Units
+        >>> from lightning_grow.surgery.edit import widen
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> hidden = (Block((Units("0", "0.weight", 0, 1),)),)
+        >>> axes = (Axis("0.weight", 0, "produced", hidden), Axis("0.bias", 0, "produced", hidden))
+        >>> group = AxisGroup("0", 3, 1, (*axes, Axis("2.weight", 1, "consumed", hidden)))
+        >>> apply_(model, [widen(group, 2)])
+        >>> model[2].weight.shape
+        torch.Size([2, 5])
+    """
+    if new_state not in ("mean", "zeros"):
+        raise ValueError(f"new_state must be 'mean' or 'zeros', but is {new_state!r}.")
+    with torch.inference_mode(False), torch.no_grad():
+        plan = plan_model(model, edits)
+        memories = [OptimizerMemory(optimizer, model.parameters()) for optimizer in _optimizers(optimizers)]
+        with Commit(model, [planned.tensor for planned in plan.tensors]) as commit:
+            for planned in plan.tensors:
+                check_swappable(planned.name, planned.tensor)
+            _commit(plan, memories, new_state, commit)
+        for memory in memories:
+            memory.report_resets()
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedTensor:
+    """A parameter or buffer with the maps of its edited axes."""
+
+    name: str
+    tensor: Tensor
+    maps: tuple[AxisMap, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelPlan:
+    """Everything that edits change in a model: shapes and integers, no new tensor yet."""
+
+    tensors: tuple[PlannedTensor, ...]
+    attributes: tuple[tuple[nn.Module, str, object], ...]
+
+
+def plan_model(model: nn.Module, edits: Iterable[Edit]) -> ModelPlan:
+    """Return what edits change in a model, with all checks that need no new tensor.
+
+    Raises:
+        StructureError: If the model does not fit the edits.
+        ValueError: If a group is edited twice or values have a wrong shape.
+        TypeError: If an edit is not an `Edit`.
+    """
+    by_group = _edits(edits)
+    sizes = _live_sizes(model, by_group)
+    for edit in by_group.values():
+        if edit.group.size != sizes[edit.group.name]:
+            raise StructureError(
+                f"The edit of group '{edit.group.name}' was planned for {edit.group.size} units, but the model has "
+                f"{sizes[edit.group.name]}. Trace the model again, or use structure.resized(...)."
+            )
+    tensors: dict[int, PlannedTensor] = {}
+    maps: dict[tuple[int, str, Layout], AxisMap] = {}
+    for axis in _axes(model, by_group):
+        tensor = tensor_of(model, axis.tensor)
+        groups = layout_units(axis.layout)
+        of_axis = {name: edit for name, edit in by_group.items() if name in groups}
+        _check_length(axis, tensor, sizes)
+        key = (axis.dim, axis.role, axis.layout)
+        if key not in maps:
+            maps[key] = axis_map(axis.dim, axis.role, axis.layout, sizes, of_axis)
+        m = _with_values(maps[key], axis, tensor, sizes, of_axis)
+        if m.is_identity(tensor.shape[axis.dim]):
+            continue
+        planned = tensors.get(id(tensor), PlannedTensor(axis.tensor, tensor, ()))
+        tensors[id(tensor)] = replace(planned, maps=tuple(sorted((*planned.maps, m), key=lambda m: m.dim)))
+    return ModelPlan(tuple(tensors.values()), tuple(_attributes(model, by_group, sizes)))
+
+
+def _commit(plan: ModelPlan, memories: Sequence[OptimizerMemory], new_state: str, commit: Commit) -> None:
+    """Exchange tensor by tensor, so that only what a rollback needs is held twice."""
+    for planned in plan.tensors:
+        value = edited(planned.tensor, planned.name, planned.maps)
+        tensor_plan = TensorPlan(planned.name, planned.maps, planned.tensor.shape, value)
+        for memory in memories:
+            for container, key, state in memory.planned(planned.tensor, tensor_plan, new_state):
+                commit.item(container, key, state)
+        commit.tensor(planned.tensor, value)
+    changed = [planned.tensor for planned in plan.tensors]
+    for memory in memories:
+        for container, key, state in memory.shared_by(changed):
+            commit.item(container, key, state)
+    for module, name, value_after in plan.attributes:
+        commit.attribute(module, name, value_after)
+
+
+def _edits(edits: Iterable[Edit]) -> dict[str, Edit]:
+    if isinstance(edits, Edit):
+        raise TypeError("edits must be a list of edits, but is one Edit; pass [edit].")
+    by_group: dict[str, Edit] = {}
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise TypeError(
+                f"edits must hold Edit objects (from widen, split, prune), but one is a {type(edit).__name__}."
+            )
+        if edit.group.name in by_group:
+            raise ValueError(
+                f"Group '{edit.group.name}' is edited twice in one call; apply one edit after the other, or plan both "
+                "as one Edit."
+            )
+        by_group[edit.group.name] = edit
+    return dict(sorted(by_group.items()))
+
+
+def _optimizers(optimizers: Iterable[Any]) -> list[Any]:
+    if hasattr(optimizers, "param_groups"):
+        raise TypeError("optimizers must be a list of optimizers, but is one optimizer; pass [optimizer].")
+    unique = {id(optimizer): optimizer for optimizer in optimizers}
+    return list(unique.values())
+
+
+def _live_sizes(model: nn.Module, edits: Mapping[str, Edit]) -> dict[str, int]:
+    """Return the live unit count of every group that the edited axes and attributes depend on."""
+    layouts = [a.layout for e in edits.values() for a in (*e.group.axes, *e.group.attributes)]
+    units: dict[str, Units] = {}
+    for layout in layouts:
+        units.update(layout_units(layout))
+    return {name: _tensor(model, u.tensor, name).shape[u.dim] // u.per_unit for name, u in units.items()}
+
+
+def _tensor(model: nn.Module, name: str, group: str) -> Tensor:
+    try:
+        tensor = tensor_of(model, name)
+    except AttributeError:
+        tensor = None
+    if not isinstance(tensor, Tensor):
+        raise StructureError(
+            f"The model has no parameter or buffer '{name}', on which group '{group}' depends. The structure belongs "
+            "to another model, or the model has changed: trace it again."
+        )
+    return tensor
+
+
+def _axes(model: nn.Module, edits: Mapping[str, Edit]) -> list[Axis]:
+    """Return each edited axis once; an axis that several edited groups consume is consumed."""
+    axes: dict[tuple[int, int], Axis] = {}
+    for edit in edits.values():
+        for axis in edit.group.axes:
+            tensor = _tensor(model, axis.tensor, edit.group.name)
+            if not 0 <= axis.dim < tensor.ndim:
+                raise StructureError(
+                    f"Group '{edit.group.name}' has axis {axis.label}, but the tensor has shape {tuple(tensor.shape)}. "
+                    "Trace the model again."
+                )
+            known = axes.get((id(tensor), axis.dim))
+            if known is not None and known.layout != axis.layout:
+                raise StructureError(
+                    f"Axis {axis.label} is laid out as '{axis}' in group '{edit.group.name}', but as '{known}' in "
+                    "another edit. Take both groups from the same structure."
+                )
+            if known is None or axis.role == "consumed":
+                axes[id(tensor), axis.dim] = axis
+    return list(axes.values())
+
+
+def _check_length(axis: Axis, tensor: Tensor, sizes: Mapping[str, int]) -> None:
+    expected = layout_length(axis.layout, sizes)
+    if tensor.shape[axis.dim] != expected:
+        raise StructureError(
+            f"Axis {axis} should have {expected} entries, but '{axis.tensor}' has shape {tuple(tensor.shape)}. "
+            "Trace the model again."
+        )
+
+
+def _with_values(
+    m: AxisMap, axis: Axis, tensor: Tensor, sizes: Mapping[str, int], edits: Mapping[str, Edit]
+) -> AxisMap:
+    """Return the map with the values that the edits give for this axis."""
+    given = []
+    for name, edit in edits.items():
+        values = edit.values.get(axis.label)
+        if values is None:
+            continue
+        source, length = value_source(axis.layout, sizes, edits, name)
+        expected = (*tensor.shape[: axis.dim], length, *tensor.shape[axis.dim + 1 :])
+        if values.shape != expected:
+            raise ValueError(
+                f"Values of {axis.label} in the edit of group '{name}' must have shape {tuple(expected)} (that of the "
+                f"tensor before the edit, with {length} new entries along dimension {axis.dim}), but have shape "
+                f"{tuple(values.shape)}."
+            )
+        given.append(NewValues(values, source))
+    return replace(m, values=tuple(given)) if given else m
+
+
+def _attributes(
+    model: nn.Module, edits: Mapping[str, Edit], sizes: Mapping[str, int]
+) -> Iterable[tuple[nn.Module, str, object]]:
+    """Return module, name and new value of each attribute that changes."""
+    new_sizes = {**sizes, **{name: edit.new_size for name, edit in edits.items()}}
+    found: dict[tuple[str, str], list[Attribute]] = {}
+    for edit in edits.values():
+        for attribute in edit.group.attributes:
+            entries = found.setdefault((attribute.module, attribute.name), [])
+            if attribute not in entries:
+                entries.append(attribute)
+    for (owner, name), attributes in found.items():
+        try:
+            module = model.get_submodule(owner)
+            value = before = getattr(module, name)
+        except AttributeError as error:
+            raise StructureError(f"The model has no attribute '{owner}.{name}' ({error}). Trace it again.") from error
+        for attribute in attributes:
+            value = _resized_attribute(value, attribute, sizes, new_sizes)
+        if value != before:
+            yield module, name, value
+
+
+def _resized_attribute(
+    value: Any, attribute: Attribute, sizes: Mapping[str, int], new_sizes: Mapping[str, int]
+) -> object:
+    old, new = layout_length(attribute.layout, sizes), layout_length(attribute.layout, new_sizes)
+    found = value if attribute.index is None else value[attribute.index]
+    if found != old:
+        place = "" if attribute.index is None else f"[{attribute.index}]"
+        raise StructureError(
+            f"Attribute '{attribute.module}.{attribute.name}{place}' should be {old}, but is {found}. Trace the model "
+            "again."
+        )
+    if attribute.index is None:
+        return new
+    entries = list(value)
+    entries[attribute.index] = new
+    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)

@@ -1,0 +1,161 @@
+"""Values of new entries: zero fan-out, so that the function stays; random fan-in, so that the units differ.
+
+| axis | default values of new entries |
+|---|---|
+| consumed (columns, fan-out) | zeros: new units are silent |
+| produced (rows, fan-in), 2 or more dimensions | normal, mean 0, the standard deviation of the existing entries |
+| produced, 1 dimension (bias) | zeros |
+| carried, one entry for each place of a unit (norm weight, running statistics) | the mean of the existing units |
+| carried, whole kernels (depthwise) | normal, with mean and standard deviation of the existing entries |
+
+Where new entries lie on two axes, consumed zeros win, then the later axis.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+from lightning_grow.surgery.plan import AxisMap, gather
+
+
+def edited(tensor: Tensor, name: str, maps: tuple[AxisMap, ...]) -> Tensor:
+    """Return a weight or buffer as it is after the edit.
+
+    Random values are drawn on the CPU in float32 from the seed of the edit and the name of the tensor: they are equal
+    on all ranks and devices, and do not depend on the order of edits or on torch's global random state.
+
+    Args:
+        tensor: The parameter or buffer, any dtype and device.
+        name: Its qualified name.
+        maps: Its edited axes.
+
+    Returns:
+        A new tensor of the same dtype and device, detached, with the new length on each mapped axis.
+    """
+    tensor = tensor.detach()
+    out = gather(tensor, maps)
+    for m in maps:
+        if m.role == "consumed" and m.share is not None:
+            scale_(out, m, m.share)
+    if out.is_meta:
+        return out
+    for m in sorted(maps, key=lambda m: (m.role == "consumed", m.dim)):
+        if m.has_new:
+            _fill_(out, tensor, f"{name}[{m.dim}]", m)
+            for values in m.values:
+                _put_values_(out, m, values.tensor, values.source, tuple(o for o in maps if o is not m))
+    return out
+
+
+def scale_(out: Tensor, m: AxisMap, factor: Tensor) -> None:
+    """Multiply the entries along one axis by ``factor``: float64 ``(new_length,)``; entries times 1 are untouched."""
+    if not (out.is_floating_point() or out.is_complex()):
+        return
+    entries = (factor != 1).nonzero().flatten()
+    if not entries.numel():
+        return
+    real = torch.float64 if out.dtype in (torch.float64, torch.complex128) else torch.float32
+    selected = entries.to(out.device)
+    factors = m.shaped(factor[entries].to(device=out.device, dtype=real), out.ndim)
+    out.index_copy_(m.dim, selected, (out.index_select(m.dim, selected) * factors).to(out.dtype))
+
+
+def fill_mean_(out: Tensor, m: AxisMap, fallback: Tensor) -> None:
+    """Set the new entries along one axis to the mean of the existing units, place by place.
+
+    Args:
+        out: The gathered tensor; changed in place.
+        m: The axis.
+        fallback: The tensor before the edit; its mean is taken where no unit of it has survived.
+    """
+    if out.is_meta or not (out.is_floating_point() or out.is_complex()):
+        return
+    old = [(start, length) for start, source, length in m.segments if source >= 0]
+    if not old:
+        write_new_(out, m, _wide(fallback).mean().to(out.dtype))
+    elif m.place is None:
+        start, length = old[0]
+        kept = out.narrow(m.dim, start, length) if len(old) == 1 else _existing(out, m)
+        write_new_(out, m, _mean(kept, m.dim))
+    else:
+        kept, place = _wide(_existing(out, m)), m.place[m.index >= 0].to(out.device)
+        shape = [int(m.place.max()) + 1 if d == m.dim else n for d, n in enumerate(kept.shape)]
+        sums = kept.new_zeros(shape).index_add_(m.dim, place, kept)
+        counts = m.shaped(torch.bincount(place, minlength=shape[m.dim]), out.ndim)
+        means = torch.where(counts > 0, sums / counts.clamp(min=1), kept.mean(m.dim, keepdim=True)).to(out.dtype)
+        write_new_(out, m, means.index_select(m.dim, m.place[m.new_entries].to(out.device)))
+
+
+def write_new_(out: Tensor, m: AxisMap, values: Tensor) -> None:
+    """Set the new entries along one axis to ``values``, which broadcasts over them."""
+    new = [(start, length) for start, source, length in m.segments if source < 0]
+    if len(new) == 1:
+        out.narrow(m.dim, *new[0]).copy_(values)
+        return
+    shape = [m.new_entries.numel() if d == m.dim else n for d, n in enumerate(out.shape)]
+    values = values.to(device=out.device, dtype=out.dtype).expand(shape)
+    out.index_copy_(m.dim, m.new_entries.to(out.device), values)
+
+
+def _fill_(out: Tensor, tensor: Tensor, label: str, m: AxisMap) -> None:
+    """Set the new entries along one axis to their default values."""
+    if m.role == "consumed" or not (out.is_floating_point() or out.is_complex()):
+        write_new_(out, m, out.new_zeros(()))
+    elif m.role == "carried" and _is_vector(tensor, m.dim):
+        fill_mean_(out, m, tensor)
+    elif m.role == "produced" and tensor.ndim < 2:
+        write_new_(out, m, out.new_zeros(()))
+    else:
+        _fill_normal_(out, tensor, label, m)
+
+
+def _fill_normal_(out: Tensor, tensor: Tensor, label: str, m: AxisMap) -> None:
+    std, mean = (float(s) for s in torch.std_mean(torch.view_as_real(tensor) if out.is_complex() else _wide(tensor)))
+    if m.role == "produced":
+        mean = 0.0
+        if not (math.isfinite(std) and std > 0):
+            std = (tensor.numel() / tensor.shape[m.dim]) ** -0.5
+    elif not math.isfinite(std):
+        std = 0.0
+    generator = torch.Generator().manual_seed(m.seed ^ zlib.crc32(label.encode()))
+    shape = [m.new_entries.numel() if d == m.dim else n for d, n in enumerate(out.shape)]
+    new = [(start, length) for start, source, length in m.segments if source < 0]
+    region = out.narrow(m.dim, *new[0]) if len(new) == 1 else None
+    if region is not None and region.is_contiguous() and region.dtype == torch.float32 and region.device.type == "cpu":
+        region.normal_(mean, std, generator=generator)
+        return
+    noise = torch.empty([*shape, 2] if out.is_complex() else shape, dtype=torch.float32)
+    noise.normal_(mean, std, generator=generator)
+    write_new_(out, m, (torch.view_as_complex(noise) if out.is_complex() else noise).to(out.device))
+
+
+def _put_values_(out: Tensor, m: AxisMap, values: Tensor, source: Tensor, others: tuple[AxisMap, ...]) -> None:
+    """Write given values: gathered along the other axes like the weight, zero where those have new entries."""
+    values = gather(values.detach().to(device=out.device, dtype=out.dtype), others)
+    for other in others:
+        if other.role == "consumed" and other.share is not None:
+            scale_(values, other, other.share)
+    taken = (source >= 0).nonzero().flatten()
+    out.index_copy_(m.dim, taken.to(out.device), values.index_select(m.dim, source[taken].to(out.device)))
+
+
+def _is_vector(tensor: Tensor, dim: int) -> bool:
+    """Return whether all other dimensions have length 1: then each entry belongs to one unit as a whole."""
+    return tensor.numel() == tensor.shape[dim]
+
+
+def _existing(out: Tensor, m: AxisMap) -> Tensor:
+    return out.index_select(m.dim, (m.index >= 0).nonzero().flatten().to(out.device))
+
+
+def _mean(tensor: Tensor, dim: int) -> Tensor:
+    return _wide(tensor).mean(dim, keepdim=True).to(tensor.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return half precision as float32, so that sums do not lose digits."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor

@@ -1,0 +1,178 @@
+"""Exchange tensors, attributes and optimizer state under a model's feet, and take all of it back on any failure."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_grow.structure.errors import StructureError
+
+
+def check_swappable(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor whose content cannot be exchanged safely. Nothing is changed.
+
+    Args:
+        name: Its qualified name.
+        tensor: A parameter or buffer.
+
+    Raises:
+        StructureError: If the tensor is not materialised, sharded, sparse or quantized, has hooks, or is part of a
+            live autograd graph.
+    """
+    if isinstance(tensor, UninitializedTensorMixin):
+        raise StructureError(f"'{name}' has no shape yet (a lazy module): run one batch through the model first.")
+    if hasattr(tensor, "device_mesh") or is_traceable_wrapper_subclass(tensor):
+        raise StructureError(
+            f"'{name}' is a {type(tensor).__name__}: sharded and wrapped tensors cannot be resized. Edit the model "
+            "before it is sharded or quantized."
+        )
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise StructureError(
+            f"'{name}' is {tensor.dtype} of layout {tensor.layout}: only dense tensors can be resized."
+        )
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        raise StructureError(
+            f"'{name}' of shape {tuple(tensor.shape)} has hooks (register_hook or "
+            "register_post_accumulate_grad_hook), which would not survive a resize. Remove them with their handles, "
+            "edit, and register them again."
+        )
+    if _is_in_live_graph(tensor):
+        gc.collect()  # A graph may be kept alive by nothing but a reference cycle.
+        if _is_in_live_graph(tensor):
+            raise StructureError(
+                f"'{name}' of shape {tuple(tensor.shape)} is part of a live autograd graph, or another tensor shares "
+                "its memory. Edit between optimizer steps: after backward(), with outputs, losses and views of it "
+                "deleted."
+            )
+    if weakref.getweakrefs(tensor) and _use_count(tensor) > 1:
+        raise StructureError(
+            f"'{name}' of shape {tuple(tensor.shape)} is held by weak references and by an autograd graph; delete the "
+            "last loss and outputs before the edit."
+        )
+
+
+def _use_count(tensor: Tensor) -> int:
+    return int(tensor._use_count())  # type: ignore[attr-defined]
+
+
+def _is_in_live_graph(tensor: Tensor) -> bool:
+    """Return whether a backward pass could still need the tensor, or another tensor shares its storage object.
+
+    After ``backward()`` a loss that is still in scope holds nothing but the parameter's gradient accumulator, which
+    `torch.utils.swap_tensors` retires safely; everything beyond that is a saved tensor or a view.
+    """
+    if tensor.grad_fn is not None:
+        return True
+    count = _use_count(tensor)
+    if count == 2 and tensor.requires_grad:
+        with torch.enable_grad():
+            accumulator = torch.autograd.graph.get_gradient_edge(tensor).node
+            count = _use_count(tensor) - 1
+        del accumulator
+    return count > 1
+
+
+class Commit:
+    """A context in which exchanges are written down, and undone in reverse order if it is left by an exception.
+
+    Args:
+        model: The model; what its modules keep of the tensors is renewed at the end.
+        tensors: The parameters and buffers that will be exchanged.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Iterable[Tensor]) -> None:
+        changed = {id(tensor) for tensor in tensors}
+        self._modules = [
+            module
+            for module in model.modules()
+            if any(id(t) in changed for t in (*module._parameters.values(), *module._buffers.values()))
+        ]
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Commit:
+        for module in self._modules:
+            _suspend_caches(module)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            try:
+                self._renew_caches()
+            except BaseException:
+                self._roll_back()
+                raise
+        else:
+            self._roll_back()
+
+    def tensor(self, old: Tensor, value: Tensor) -> None:
+        """Give ``old`` the content of ``value``: same object, dtype, flags and Python attributes; its gradient goes."""
+        gradient = old.grad if old.is_leaf else None
+        old.grad = None
+        self._undo.append(lambda: setattr(old, "grad", gradient))
+        if weakref.getweakrefs(old):
+            before = old.data
+            old.data = value
+            self._undo.append(lambda: setattr(old, "data", before))
+            return
+        partner = torch.Tensor._make_subclass(type(old), value, old.requires_grad)  # type: ignore[attr-defined]
+        partner.__dict__.update(old.__dict__)
+        torch.utils.swap_tensors(old, partner)
+        self._undo.append(lambda: torch.utils.swap_tensors(old, partner))
+
+    def attribute(self, module: nn.Module, name: str, value: object) -> None:
+        """Set an attribute of a module."""
+        before = getattr(module, name)
+        setattr(module, name, value)
+        self._undo.append(lambda: setattr(module, name, before))
+
+    def item(self, container: Any, key: Any, value: object) -> None:
+        """Set an item of a mapping or list."""
+        before = container[key]
+        container[key] = value
+        self._undo.append(lambda: container.__setitem__(key, before))
+
+    def _roll_back(self) -> None:
+        for undo in reversed(self._undo):
+            undo()
+        self._renew_caches()
+
+    def _renew_caches(self) -> None:
+        for module in self._modules:
+            _renew_caches(module)
+
+
+def _suspend_caches(module: nn.Module) -> None:
+    """Let go of what a module keeps of its parameters."""
+    if isinstance(module, nn.RNNBase):
+        module._flat_weight_refs = []
+    for hook in _weight_hooks(module):
+        kept = module.__dict__.get(hook.name)
+        if isinstance(kept, Tensor) and kept.grad_fn is not None:
+            setattr(module, hook.name, kept.detach())
+
+
+def _renew_caches(module: nn.Module) -> None:
+    """Rebuild what a module keeps of its parameters."""
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+    for hook in _weight_hooks(module):
+        with torch.enable_grad():
+            power = {"do_power_iteration": False} if isinstance(hook, SpectralNorm) else {}
+            setattr(module, hook.name, hook.compute_weight(module, **power))
+
+
+def _weight_hooks(module: nn.Module) -> list[WeightNorm | SpectralNorm]:
+    """Return the hooks of ``torch.nn.utils.weight_norm`` and ``spectral_norm``, which keep the weight they computed."""
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, (WeightNorm, SpectralNorm))]
