@@ -142,6 +142,7 @@ class Stack:
         blocks: Qualified names of the blocks, in order of execution.
         zeroed: Parameters, relative to a block, that are zero in a new block so that it starts as the identity.
         identity: Parameters, relative to a block, that start as the identity matrix or kernel.
+        first: Lowest position at which a new block is the identity: 0, or 1 where that holds only behind a block.
         obstacle: None when a new block can start as the identity, otherwise why it cannot.
     """
 
@@ -149,6 +150,7 @@ class Stack:
     blocks: tuple[str, ...]
     zeroed: tuple[str, ...] = ()
     identity: tuple[str, ...] = ()
+    first: int = 0
     obstacle: str | None = None
 
 

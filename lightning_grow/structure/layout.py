@@ -52,7 +52,9 @@ def entry_share(layout: Layout, sizes: Mapping[str, int], share: Mapping[str, Te
     parts = []
     for block in layout:
         factors = [
-            share[f.group] if isinstance(f, Units) and f.group in share else torch.ones(f if isinstance(f, int) else sizes[f.group], dtype=torch.float64)
+            share[f.group]
+            if isinstance(f, Units) and f.group in share
+            else torch.ones(f if isinstance(f, int) else sizes[f.group], dtype=torch.float64)
             for f in block.factors
         ]
         value = torch.ones((), dtype=torch.float64)

@@ -89,11 +89,9 @@ class Solution:
                 rest += term
             else:
                 return None
-        if rest == 0:
-            return whole
-        if not bottom.is_Integer:
-            return None
-        return whole + sympy.floor(rest / bottom)
+        if bottom.is_Integer:
+            return whole + sympy.floor(rest / bottom)
+        return whole + rest if rest in (0, -1) else None  # -1 // u is -1 for every u > 0
 
     # -- solving ---------------------------------------------------------------------------------------------------
 
@@ -123,11 +121,10 @@ class Solution:
         """Return ``expr`` as a polynomial, restricting unit counts to multiples where a division asks for it."""
         for _ in range(8):
             value = self(expr)
-            divisions = [d for d in sympy.preorder_traversal(value) if type(d).__name__ in _DIVISIONS]
-            if not divisions:
+            division = _division(value)
+            if division is None:
                 break
-            inner = divisions[-1]
-            self._make_divisible(*inner.args[:2])
+            self._make_divisible(*division)
         value = self(expr)
         if not value.is_polynomial(*value.free_symbols):
             self._fix_all(value, "its size is computed in a way that is not a sum of products")
@@ -142,9 +139,9 @@ class Solution:
         """Use the equation ``left == 0``; False if it cannot be used yet."""
         if not left.free_symbols:
             return True
-        divisions = [d for d in sympy.preorder_traversal(left) if type(d).__name__ in _DIVISIONS]
-        if divisions:
-            return self._make_divisible(*divisions[-1].args[:2]) and self._use(self(left))
+        division = _division(left)
+        if division is not None:
+            return self._make_divisible(*division) and self._use(self(left))
         symbols = sorted(left.free_symbols, key=str)
         if not left.is_polynomial(*symbols):
             return False
@@ -260,3 +257,9 @@ class Solution:
         self.known[symbol] = value
         self._origin.setdefault(symbol, value.free_symbols)
         self._cache.clear()
+
+
+def _division(expr: Expr) -> tuple[Expr, Expr] | None:
+    """Return dividend and divisor of a division in ``expr``: first those by a number, and the innermost of them."""
+    found = [d.args[:2] for d in sympy.postorder_traversal(expr) if type(d).__name__ in _DIVISIONS and len(d.args) == 2]
+    return next((d for d in found if d[1].is_Integer), found[0] if found else None)

@@ -11,6 +11,7 @@ No data is touched: the tensors have sizes and types but no values.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_grow.structure.axes import Attribute, Role
 from lightning_grow.structure.sandbox import set_size, swap_in, tensors_in, unchanged
+from lightning_grow.structure.twins import PlainTwins
 
 Expr = Any  # a sympy expression; sympy ships no types
 Dims = tuple[Expr, ...]
@@ -83,6 +85,14 @@ class Trace:
     outputs: set[Expr] = field(default_factory=set)
     fixed: dict[Expr, tuple[str, str]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
+
+
+class Untraceable(RuntimeError):
+    """The model's own code failed on fake tensors, in the module ``path``."""
+
+    def __init__(self, path: str, error: Exception) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.path = path
 
 
 class _Env(ShapeEnv):
@@ -178,16 +188,27 @@ class Observer:
         if not inputs or not outputs:
             return
         owners = {self.owner[t] for t in inputs if t in self.owner}
-        if len(owners) == 1 and all(t in self.owner for t in inputs):
+        weights_only = all(t in self.owner for t in inputs) and (len(owners) == 1 or _INPUT not in owners)
+        if weights_only:
             for t in outputs:
-                self.owner[t] = next(iter(owners))
+                self.owner[t] = self.owner[inputs[0]]
         self.trace.used |= owners
         if name in _VIEWS:
             self._view(_dims(inputs[0]), _dims(outputs[0]))
         elif name in ("cat", "concatenate"):
             self._cat(args, kwargs, inputs, outputs[0])
-        elif name in ("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "tensor_split"):
+        elif name in (
+            "split",
+            "split_with_sizes",
+            "chunk",
+            "unsafe_split",
+            "unsafe_chunk",
+            "unsafe_split_with_sizes",
+            "tensor_split",
+        ):
             self._split(inputs[0], outputs)
+        elif weights_only and len(inputs) > 1:
+            self._roles_among_weights(name, args, inputs)
         elif len(inputs) > 1 and any(o != _INPUT for o in owners):
             self._roles(name, args, inputs, outputs)
         if not owners - {_INPUT} or name in _NAMES_OF_MIXING:
@@ -262,6 +283,13 @@ class Observer:
                     if role == "consumed" or symbol not in self.trace.roles:
                         self.trace.roles[symbol] = role
 
+    def _roles_among_weights(self, name: str, args: tuple[Any, ...], inputs: list[Tensor]) -> None:
+        """In a product of two weights, the left one's units are consumed: zeros there are enough."""
+        dims = {id(t): d for t in inputs if (d := _contracted_dim(name, args, t)) is not None}
+        for tensor, role in zip([t for t in inputs if id(t) in dims], ("consumed", "produced"), strict=False):
+            for symbol in _dims(tensor)[dims[id(tensor)]].free_symbols:
+                self.trace.roles[symbol] = role  # type: ignore[assignment]
+
     @staticmethod
     def _adds(name: str, args: tuple[Any, ...], tensor: Tensor) -> bool:
         return name in _ADDITIVE or (name == "convolution" and len(args) > 2 and tensor is args[2])
@@ -289,7 +317,9 @@ class Observer:
 
 def _contracted_dim(name: str, args: tuple[Any, ...], tensor: Tensor) -> int | None:
     """Return which dimension of ``tensor`` a contraction sums over; None if the operator is no contraction of it."""
-    operands = {"mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "addmv": (1, 2)}.get(name)
+    operands = {"mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "addmv": (1, 2)}.get(
+        name
+    )
     if operands is not None:
         if tensor is args[operands[0]]:
             return tensor.ndim - 1
@@ -311,6 +341,7 @@ def run(
     call: Callable[[], Any],
     static: Callable[[str, Tensor], Sequence[int]],
     bound: Mapping[Bound, Source],
+    pretended: Mapping[tuple[str, int], int],
     inputs: Sequence[Tensor] = (),
 ) -> Trace:
     """Run ``call`` once with symbolic sizes and return what was seen.
@@ -321,17 +352,19 @@ def run(
         static: Dimensions of a named tensor that cannot be widths, such as the extent of a kernel.
         bound: Sizes that modules keep as Python integers, by ``(module, attribute, index)``: each follows an axis,
             ``(tensor, dim, divisor)``, or varies by itself (its present value).
+        pretended: Sizes to run with in the place of the model's own, by ``(tensor, dim)``: a width of one unit cannot
+            be told from an axis that broadcasts, a width of more can.
         inputs: Tensors that the call closes over: fixed sizes, and known as the model's input.
 
     Raises:
-        Exception: Whatever the model raises. The model is unchanged then, too.
+        Untraceable: If the model raises. The model is unchanged then, too.
     """
     trace = Trace()
     observer = Observer(trace)
     env = observer.env = _Env(observer.on_constant)
     mode = _Mode(env, observer.observe)
     observer.operator = lambda: mode.operator
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    named = {n: _pretend(n, t, pretended) for n, t in [*model.named_parameters(), *model.named_buffers()]}
     fakes = {name: _symbolic(mode, name, tensor, static(name, tensor)) for name, tensor in named.items()}
     for name, fake in fakes.items():
         observer.owner[fake] = name
@@ -350,13 +383,22 @@ def run(
         stack.enter_context(mode)
         for tensor in inputs:
             observer.owner[mode.from_tensor(tensor, static_shapes=True)] = _INPUT
-        outputs = call()
+        try:
+            outputs = call()
+        except Exception as error:  # the model's own code: anything can happen
+            raise Untraceable(observer.modules[-1][0] if observer.modules else "", error) from error
         trace.outputs |= {d for t in tensors_in(outputs) for d in _dims(t)}
     trace.facts = [s - e for s, e in env.replacements.items()]
     for guard in env.guards:
         if isinstance(guard.expr, sympy.Eq):
             _add_fact(trace, guard.expr.lhs, guard.expr.rhs)
     return trace
+
+
+def _pretend(name: str, tensor: Tensor, sizes: Mapping[tuple[str, int], int]) -> Tensor:
+    """Return a tensor that differs in the pretended sizes; its values are never read."""
+    shape = [sizes.get((name, dim), size) for dim, size in enumerate(tensor.shape)]
+    return tensor if shape == list(tensor.shape) else tensor.new_empty(shape)
 
 
 def _add_fact(trace: Trace, lhs: Expr, rhs: Expr) -> None:
@@ -422,11 +464,14 @@ def _bind(
 
 @contextlib.contextmanager
 def _plain_kernels() -> Iterator[None]:
-    """Let attention and encoder layers run as the operators that they are made of."""
+    """Let attention, encoder and recurrent layers run as the operators that they are made of."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    engine = logging.getLogger("torch._subclasses.fake_tensor")  # logs what the caller gets as an exception
+    silent, engine.disabled = engine.disabled, True
     try:
-        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
+        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]), PlainTwins():
             yield
     finally:
+        engine.disabled = silent
         torch.backends.mha.set_fastpath_enabled(fast)

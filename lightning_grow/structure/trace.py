@@ -7,8 +7,9 @@ counts (`verify`). No rule per operator, no change to the model, no gradient.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +23,13 @@ from lightning_grow.structure.modules import bookkeeping
 from lightning_grow.structure.resolve import Resolver
 from lightning_grow.structure.solve import Solution
 from lightning_grow.structure.stacks import find_stacks
-from lightning_grow.structure.symbolic import Bound, Source, Trace, run
+from lightning_grow.structure.symbolic import Bound, Source, Trace, Untraceable, run
 from lightning_grow.structure.verify import Trials, Unrunnable, choose_layouts, judge
 
 log = logging.getLogger(__name__)
+
+_MOST_CHOICES = 64
+_PRETENDED = 3
 
 Expr = Any  # a sympy expression; sympy ships no types
 
@@ -78,35 +82,70 @@ def trace_call(model: nn.Module, call: Callable[..., Any], *args: Any, **kwargs:
 class _Tracer:
     """One call of `trace`."""
 
-    def __init__(self, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.model, self.call, self.args, self.kwargs = model, call, args, kwargs
         self.named: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
         self.canonical = {id(t): n for n, t in reversed(self.named.items())}
         self.modules = dict(model.named_modules())
+        self.narrow: dict[tuple[str, int], int] = {}
 
     def structure(self) -> Structure:
         bound = self._kept_by_torch() | self._own_sizes()
-        seen = self._run(bound)
-        proposal = _Proposal(self, seen)
+        proposal = self._propose(bound)
         freed = self._sizes_that_pin(proposal, bound)
         if freed:
             proposal = self._better(proposal, bound, freed)
         groups, pinned = self._verified(proposal)
-        pinned = {label: reason for label, reason in (proposal.pinned | pinned).items()}
-        stacks = find_stacks(self.model, self.call, self.args, self.kwargs, groups)
-        return Structure(groups=groups, stacks=stacks, pinned=_in_order(pinned, self.named))
+        stacks = find_stacks(self.model, self.call, self.args, self.kwargs)
+        return Structure(groups=groups, stacks=stacks, pinned=_in_order(proposal.pinned | pinned, self.named))
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    def _run(self, bound: Mapping[Bound, Source]) -> Trace:
+    def _propose(self, bound: Mapping[Bound, Source]) -> _Proposal:
+        """Return the first proposal.
+
+        Widths of one unit are traced as if they were wider. Where that does not fit (the input has one channel, the
+        output one entry), the axes of the module that complains keep their size, the consumed ones first.
+        """
+        narrow = dict.fromkeys(self._axes_of_one(), _PRETENDED)
+        while True:
+            try:
+                proposal = _Proposal(self, self._run(bound, narrow))
+            except Untraceable as error:
+                if not narrow:
+                    raise StructureError(
+                        f"{type(self.model).__name__} cannot be traced: {error} (in '{error.path}'). Its forward must "
+                        "run on the example inputs without looking at the values of tensors."
+                    ) from error
+                here = [key for key in narrow if key[0].rpartition(".")[0] == error.path]
+                drop = [key for key in here if key[1] == 1] or here or list(narrow)
+            else:
+                drop = [key for key in narrow if not proposal.varies(key)]
+                if not drop:
+                    self.narrow = narrow
+                    return proposal
+            for key in drop:
+                del narrow[key]
+
+    def _axes_of_one(self) -> list[tuple[str, int]]:
+        """Return the axes of size 1 in torch's own modules that could be widths of one unit."""
+        axes: dict[tuple[str, int], None] = {}
+        for path, module in self.modules.items():
+            widths = [(k.parameter, k.dim) for k in bookkeeping(module) if k.times == 1]
+            beside = [
+                n for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None and t.ndim == 1
+            ]
+            for parameter, dim in [*widths, *((n, 0) for n in beside if widths)]:
+                name = self.tensor_name(path, parameter)
+                if name is not None and self.named[name].shape[dim] == 1:
+                    axes[name, dim] = None
+        return list(axes)
+
+    def _run(self, bound: Mapping[Bound, Source], narrow: Mapping[tuple[str, int], int]) -> Trace:
         tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
-        try:
-            return run(self.model, lambda: self.call(*self.args, **self.kwargs), self._static, bound, tensors)
-        except Exception as error:  # the model's own code: anything can happen
-            raise StructureError(
-                f"{type(self.model).__name__} cannot be traced: {type(error).__name__}: {error}. Its forward must run "
-                "on the example inputs without looking at the values of tensors."
-            ) from error
+        return run(self.model, lambda: self.call(*self.args, **self.kwargs), self._static, bound, narrow, tensors)
 
     def _static(self, name: str, tensor: Tensor) -> Sequence[int]:
         if not tensor.is_floating_point() and not tensor.is_complex():
@@ -114,8 +153,6 @@ class _Tracer:
         owner = self.modules.get(name.rpartition(".")[0])
         if isinstance(owner, nn.modules.conv._ConvNd) or tensor.ndim >= 4:
             return range(2, tensor.ndim)
-        if isinstance(owner, nn.RNNBase):
-            return range(tensor.ndim)
         return ()
 
     # -- sizes kept in Python ------------------------------------------------------------------------------------
@@ -124,13 +161,24 @@ class _Tracer:
         bound: dict[Bound, Source] = {}
         for path, module in self.modules.items():
             for kept in bookkeeping(module):
-                if kept.times == 1 and not isinstance(module, nn.RNNBase):
-                    bound[path, kept.name, kept.index] = (self._name(path, kept.parameter), kept.dim, kept.divisor)
+                tensor = self.tensor_name(path, kept.parameter)
+                if tensor is not None and kept.times == 1:
+                    bound[path, kept.name, kept.index] = (tensor, kept.dim, kept.divisor)
         return bound
 
-    def _name(self, path: str, parameter: str) -> str:
+    def tensor_name(self, path: str, parameter: str) -> str | None:
+        """Return the name under which a parameter is listed: tied, or behind a parametrization (weight norm)."""
         owner, _, leaf = f"{path}.{parameter}".removeprefix(".").rpartition(".")
-        return self.canonical[id(getattr(self.model.get_submodule(owner), leaf))]
+        module = self.modules[owner]
+        shape = getattr(module, leaf).shape
+        behind = f"parametrizations.{leaf}.original"
+        for name in (leaf, behind, f"{behind}1", f"{behind}0", f"{leaf}_v", f"{leaf}_orig"):
+            holder, _, last = f"{owner}.{name}".removeprefix(".").rpartition(".")
+            tensor = self.modules[holder]._parameters.get(last) if holder in self.modules else None
+            if tensor is not None and tensor.shape == shape:
+                return self.canonical[id(tensor)]
+        buffer = module._buffers.get(leaf)
+        return self.canonical[id(buffer)] if buffer is not None else None
 
     def _own_sizes(self) -> dict[Bound, Source]:
         """Sizes that a module which is not torch's own keeps beside its own parameters: let them vary."""
@@ -161,8 +209,8 @@ class _Tracer:
     def _better(self, proposal: _Proposal, bound: dict[Bound, Source], freed: dict[Bound, Source]) -> _Proposal:
         """Return the proposal with freed sizes if the model still runs and more axes vary."""
         try:
-            other = _Proposal(self, self._run(bound | freed))
-        except StructureError as error:
+            other = _Proposal(self, self._run(bound | freed, self.narrow))
+        except Untraceable as error:
             log.debug("sizes kept in Python stay fixed: %s", error)
             return proposal
         return other if len(other.pinned) < len(proposal.pinned) else proposal
@@ -184,7 +232,11 @@ class _Tracer:
         reasons |= more
         groups, pinned = _without(judged, proposal.groups, reasons)
         if self.call is not self.model:
-            ends = {g.name: "model output: nothing consumes it" for g in groups if g.obstacle and not g.with_role("consumed")}
+            ends = {
+                g.name: "model output: nothing consumes it"
+                for g in groups
+                if g.obstacle and not g.with_role("consumed")
+            }
             groups, more = _without([g for g in groups if g.name not in ends], groups, ends)
             pinned |= more
         return {g.name: g for g in groups}, pinned
@@ -240,6 +292,10 @@ class _Proposal:
         self.groups, self.options = self._make_groups(layouts)
         self.mixing = self._mixing()
 
+    def varies(self, key: tuple[str, int]) -> bool:
+        """Return whether an axis is in a group."""
+        return f"{key[0]}[{key[1]}]" not in self.pinned
+
     def _name_units(self, sizes: Mapping[tuple[str, int], Expr]) -> dict[Expr, Units]:
         """Name each unit count after the first module that produces it."""
         order: dict[Expr, tuple[str, int, int]] = {}
@@ -265,7 +321,10 @@ class _Proposal:
         found: dict[Bound, Expr] = {}
         for path, module in self.tracer.modules.items():
             for kept in bookkeeping(module):
-                raw = self.seen.sizes[self.tracer._name(path, kept.parameter), kept.dim]
+                tensor = self.tracer.tensor_name(path, kept.parameter)
+                if tensor is None:
+                    continue
+                raw = self.seen.sizes[tensor, kept.dim]
                 found[path, kept.name, kept.index] = self.solution(raw) * kept.times / kept.divisor
         for bound, raw in self.seen.attributes.items():
             found.setdefault(bound, self.solution(raw))
@@ -299,13 +358,10 @@ class _Proposal:
 
     def _why_static(self, tensor: str, dim: int) -> str:
         t = self.tracer.named[tensor]
-        owner = self.tracer.modules.get(tensor.rpartition(".")[0])
         if t.shape[dim] < 2:
             return f"size {t.shape[dim]}"
         if not t.is_floating_point():
             return "not a floating-point tensor"
-        if isinstance(owner, nn.RNNBase):
-            return f"inside the fused kernel of {type(owner).__name__}"
         return "kernel extent"
 
     def _why_fixed(self, raw: Expr) -> str:
@@ -333,16 +389,19 @@ class _Proposal:
             attributes = tuple(
                 Attribute(*bound, self._amount(expr)) for bound, expr in self.attributes if symbol in expr.free_symbols
             )
-            size = self.solution.hints[symbol]
-            depth = max(len(o) for o in mine.values())
-            candidates = []
-            for choice in range(depth):
-                axes = tuple(
-                    Axis(t, d, self._role(t, d), o[min(choice, len(o) - 1)]) for (t, d), o in mine.items()
+            size = self.tracer.named[units.tensor].shape[units.dim]
+            candidates = [
+                AxisGroup(
+                    units.group,
+                    size // units.per_unit,
+                    1,
+                    tuple(Axis(t, d, self._role(t, d), layout) for (t, d), layout in zip(mine, choice, strict=True)),
+                    attributes,
                 )
-                candidates.append(AxisGroup(units.group, size, 1, axes, attributes))
+                for choice in itertools.islice(_choices(list(mine.values())), _MOST_CHOICES)
+            ]
             groups.append(candidates[0])
-            if depth > 1:
+            if len(candidates) > 1:
                 options[units.group] = candidates[1:]
         return groups, options
 
@@ -373,6 +432,13 @@ class _Proposal:
         return mixing
 
 
+def _choices(options: Sequence[Sequence[Layout]]) -> Iterator[tuple[Layout, ...]]:
+    """Yield choices of one layout for each axis: first the same kind of layout for all axes, then every mixture."""
+    for kind in range(max(len(o) for o in options)):
+        yield tuple(o[min(kind, len(o) - 1)] for o in options)
+    yield from itertools.product(*options)
+
+
 def _symbols(options: Iterable[Layout], units: Mapping[Expr, Units]) -> set[Expr]:
     names = {name for layout in options for name in layout_units(layout)}
     return {symbol for symbol, u in units.items() if u.group in names}
@@ -380,8 +446,9 @@ def _symbols(options: Iterable[Layout], units: Mapping[Expr, Units]) -> set[Expr
 
 def _group_name(tensor: str, dim: int, taken: set[str]) -> str:
     """Return ``fc1`` for ``fc1.weight``; where that is taken, the tensor's own name, then with its dimension."""
-    short = tensor.removesuffix(".weight") if tensor != "weight" else tensor
-    return next(name for name in (short, tensor, f"{tensor}[{dim}]") if name not in taken)
+    module = tensor.rpartition(".")[0].partition(".parametrizations.")[0]
+    candidates = (module or tensor, tensor, f"{tensor}[{dim}]")
+    return next(name for name in candidates if name not in taken)
 
 
 def _integers(module: nn.Module) -> list[tuple[str, int | None, int]]:

@@ -63,7 +63,7 @@ class Trials:
     def _prepare(self, dtype: torch.dtype | None) -> None:
         self._dtype = dtype
         self._tensors = {n: self._cast(t) for n, t in self._named.items()}
-        self._tensors.update({n: _perturbed(n, self._tensors[n]) for n in sorted(self._in_groups)})
+        self._tensors.update({n: perturbed(n, self._tensors[n]) for n in sorted(self._in_groups)})
         self.reference = self.run(self._tensors, {})
         if not self.reference:
             raise Unrunnable("it returns no floating-point tensor")
@@ -79,9 +79,11 @@ class Trials:
             Tensor, lambda t: t.to(self._dtype) if t.is_floating_point() and t.dtype != self._dtype else t, tree
         )
 
-    def run(self, tensors: Mapping[str, Tensor], attributes: Mapping[Attribute, int]) -> list[Tensor]:
+    def run(
+        self, tensors: Mapping[str, Tensor], attributes: Mapping[Attribute, int], grad: bool = False
+    ) -> list[Tensor]:
         """Return the floating-point outputs with these tensors and module sizes."""
-        with unchanged(self._model), torch.no_grad():
+        with unchanged(self._model), torch.set_grad_enabled(grad):
             for module in self._model.modules():
                 module.__dict__["training"] = False
             swap_in(self._model, tensors)
@@ -89,32 +91,51 @@ class Trials:
                 set_size(self._model, attribute, size)
             torch.manual_seed(0)
             output = self._call(*self._cast(self._args), **self._cast(self._kwargs))
-            return [t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
+            return [t if grad else t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
 
     def resized(
         self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor], share: Mapping[str, Tensor]
     ) -> list[Tensor]:
         """Return the outputs after groups are resized by an index map, with fan-out shares."""
+        groups = list(groups)
+        return self.run(self._resized_tensors(groups, index, share), self._new_sizes(groups, index))
+
+    def _new_sizes(self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor]) -> dict[Attribute, int]:
+        sizes = self.sizes | {name: len(i) for name, i in index.items()}
+        return {a: layout_length(a.layout, sizes) for g in groups for a in g.attributes}
+
+    def _resized_tensors(
+        self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor], share: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         tensors = dict(self._tensors)
-        done: set[tuple[str, int]] = set()
-        attributes: dict[Attribute, int] = {}
-        new_sizes = self.sizes | {name: len(i) for name, i in index.items()}
-        silent: list[tuple[Axis, Tensor]] = []
-        for group in groups:
-            for axis in group.axes:
-                if (axis.tensor, axis.dim) in done:
-                    continue
-                done.add((axis.tensor, axis.dim))
-                entries = entry_index(axis.layout, self.sizes, index)
-                tensor = tensors[axis.tensor].index_select(axis.dim, entries.clamp(min=0))
-                if axis.role == "consumed":
-                    factor = entry_share(axis.layout, self.sizes, share).masked_fill(entries < 0, 0)
-                    tensor = tensor * _along(factor, axis.dim, tensor)
-                tensors[axis.tensor] = tensor
-                silent.append((axis, entries))
-            for attribute in group.attributes:
-                attributes[attribute] = layout_length(attribute.layout, new_sizes)
-        return self.run(tensors, attributes)
+        for axis in {axis.label: axis for group in groups for axis in group.axes}.values():
+            entries = entry_index(axis.layout, self.sizes, index)
+            tensor = tensors[axis.tensor].index_select(axis.dim, entries.clamp(min=0))
+            if axis.role == "consumed":
+                factor = entry_share(axis.layout, self.sizes, share).masked_fill(entries < 0, 0)
+                tensor = tensor * factor.to(tensor).reshape([-1 if d == axis.dim else 1 for d in range(tensor.ndim)])
+            tensors[axis.tensor] = tensor
+        return tensors
+
+    def learns(self, group: AxisGroup, index: Tensor, share: Tensor) -> bool:
+        """Return whether the silenced entries of new units receive a gradient."""
+        axes = group.with_role("consumed")
+        with torch.enable_grad():
+            tensors = self._resized_tensors([group], {group.name: index}, {group.name: share})
+            for axis in axes:
+                tensors[axis.tensor] = tensors[axis.tensor].detach().requires_grad_()
+            outputs = self.run(tensors, self._new_sizes([group], {group.name: index}), grad=True)
+            weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(0)).to(t) for t in outputs]
+            total = sum((t * w).sum() for t, w in zip(outputs, weights, strict=True))
+            leaves = [tensors[axis.tensor] for axis in axes]
+            if not isinstance(total, Tensor) or not total.requires_grad:
+                return False
+            grads = torch.autograd.grad(total, leaves, allow_unused=True)
+        new = [entry_index(a.layout, self.sizes, {group.name: index}) < 0 for a in axes]
+        return any(
+            g is not None and bool(g.index_select(a.dim, n.nonzero().flatten()).any())
+            for g, a, n in zip(grads, axes, new, strict=True)
+        )
 
     def same(self, outputs: Sequence[Tensor]) -> bool:
         """Return whether outputs equal the reference, up to rounding."""
@@ -127,11 +148,7 @@ class Trials:
         return True
 
 
-def _along(vector: Tensor, dim: int, like: Tensor) -> Tensor:
-    return vector.to(like).reshape([-1 if d == dim else 1 for d in range(like.ndim)])
-
-
-def _perturbed(name: str, tensor: Tensor) -> Tensor:
+def perturbed(name: str, tensor: Tensor) -> Tensor:
     """Return values near the present ones of which no two are equal and none is zero; positive ones stay positive."""
     if not tensor.is_floating_point() or not tensor.numel():
         return tensor
@@ -158,7 +175,9 @@ def _identity(size: int) -> Tensor:
 
 
 def _permuted(group: AxisGroup) -> tuple[Tensor, Tensor]:
-    return permutation(group.size), torch.ones(group.size, dtype=torch.float64)
+    """Permute the units; a single one is put behind a new, silent one."""
+    index = permutation(group.size) if group.size > 1 else torch.tensor([-1, 0])
+    return index, torch.ones(len(index), dtype=torch.float64)
 
 
 def _widened(group: AxisGroup) -> tuple[Tensor, Tensor]:
@@ -220,6 +239,7 @@ def choose_layouts(
     failed = try_each(trials, groups, _permuted, exact=True)
     chosen: list[AxisGroup] = []
     reasons: dict[str, str] = {}
+    layouts: dict[str, Layout] = {}
     for group in groups:
         if group.name not in failed:
             chosen.append(group)
@@ -227,14 +247,21 @@ def choose_layouts(
         for other in options.get(group.name, ()):
             if not try_each(trials, [other], _permuted, exact=True):
                 chosen.append(other)
+                layouts |= {axis.label: axis.layout for axis in other.axes}
                 break
         else:
             error = failed[group.name]
             reasons[group.name] = f"resizing fails ({error})" if error else "its units are not interchangeable"
+    # A composite axis has one layout in all the groups that it depends on.
+    for i, group in enumerate(chosen):
+        axes = tuple(replace(axis, layout=layouts.get(axis.label, axis.layout)) for axis in group.axes)
+        chosen[i] = replace(group, axes=axes)
     return chosen, reasons
 
 
-def judge(trials: Trials, groups: Sequence[AxisGroup], mixing: Mapping[str, str]) -> tuple[list[AxisGroup], dict[str, str]]:
+def judge(
+    trials: Trials, groups: Sequence[AxisGroup], mixing: Mapping[str, str]
+) -> tuple[list[AxisGroup], dict[str, str]]:
     """Return the groups with their obstacles, and reasons for those that cannot be resized at all.
 
     Args:
@@ -279,16 +306,6 @@ def _with_closing_axes(trials: Trials, group: AxisGroup) -> AxisGroup:
             replace(axis, role="consumed") if axis.tensor.rpartition(".")[0] == module else axis for axis in group.axes
         )
         candidate = replace(group, axes=axes)
-        if not try_each(trials, [candidate], _widened, exact=True):
+        if not try_each(trials, [candidate], _widened, exact=True) and trials.learns(candidate, *_widened(candidate)):
             return candidate
     return group
-
-
-def involved(axes: Iterable[Axis]) -> set[str]:
-    """Return the names of the groups that axes depend on."""
-    return {name for axis in axes for name in layout_units(axis.layout)}
-
-
-def same_length(layout: Layout, sizes: Mapping[str, int], length: int) -> bool:
-    """Return whether a layout accounts for every entry of an axis."""
-    return layout_length(layout, sizes) == length

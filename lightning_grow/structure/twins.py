@@ -1,0 +1,119 @@
+"""Plain twins of the few fused kernels that say nothing about sizes.
+
+PyTorch's recurrent kernels and ``bilinear`` accept symbolic sizes without checking them. While a model is traced, these
+functions stand in for them: the same axes meet in the same way, through ordinary operators. They are never run on data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+def _gates(x: Tensor, h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    return F.linear(x, weights[0], biases[0]) + F.linear(h, weights[1], biases[1])
+
+
+def _lstm_step(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    i, f, g, o = gates.chunk(4, -1)
+    c = f * c + i * g
+    return o * c, c
+
+
+def _gru_step(gates: Tensor, h: Tensor) -> Tensor:
+    r, z, n = gates.chunk(3, -1)
+    return z * n + r * h
+
+
+def _layer(kind: str, x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], biased: bool) -> Tensor:
+    """Run one direction of one layer: ``x (..., in)``, ``h`` and ``c`` ``(batch, hidden)``."""
+    biases = weights[2:4] if biased else (None, None)
+    gates = _gates(x, h, weights[:2], biases)
+    if kind == "lstm":
+        out, _ = _lstm_step(gates, c if c is not None else h)
+    else:
+        out = _gru_step(gates, h) if kind == "gru" else gates + h
+    projection = weights[4 if biased else 2 :]
+    return F.linear(out, projection[0]) if projection else out
+
+
+def _recurrent(
+    kind: str,
+    x: Tensor,
+    hx: Any,
+    weights: Sequence[Tensor],
+    biased: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> Any:
+    """Stand in for ``torch.lstm``, ``torch.gru`` and ``torch.rnn_*`` on padded sequences."""
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    directions = 2 if bidirectional else 1
+    each = len(weights) // (num_layers * directions)
+    if batch_first:
+        x = x.transpose(0, 1)
+    last = []
+    for layer in range(num_layers):
+        outputs = []
+        for i in range(layer * directions, (layer + 1) * directions):
+            mine = weights[i * each : (i + 1) * each]
+            c = states[1][i] if len(states) > 1 else None
+            outputs.append(_layer(kind, x, states[0][i], c, mine, biased))
+        last += [out[-1] for out in outputs]
+        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
+    if batch_first:
+        x = x.transpose(0, 1)
+    h = torch.stack(last)
+    return (x, h, states[1]) if kind == "lstm" else (x, h)
+
+
+def _cell(kind: str, x: Tensor, hx: Any, *weights: Tensor | None) -> Any:
+    """Stand in for ``torch.lstm_cell``, ``torch.gru_cell`` and ``torch.rnn_*_cell``."""
+    w_ih, w_hh, *biases = weights
+    if w_ih is None or w_hh is None:
+        raise TypeError("a recurrent cell needs both of its weights")
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    gates = _gates(x, states[0], (w_ih, w_hh), [*biases, None, None])
+    if kind == "lstm":
+        return _lstm_step(gates, states[1])
+    return _gru_step(gates, states[0]) if kind == "gru" else gates
+
+
+def _bilinear(left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out = torch.einsum("...i,oij,...j->...o", left, weight, right)
+    return out if bias is None else out + bias
+
+
+def _packed(args: Sequence[Any]) -> bool:
+    return (
+        len(args) > 1
+        and isinstance(args[1], Tensor)
+        and isinstance(args[2], (Tensor, tuple, list))
+        and args[1].ndim == 1
+    )
+
+
+class PlainTwins(TorchFunctionMode):
+    """Replaces fused kernels by their twins while it is active."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        kind = name.split("_")[0]
+        if name == "bilinear":
+            return _bilinear(*args, **kwargs)
+        if name in ("lstm", "gru", "rnn_tanh", "rnn_relu") and not _packed(args):
+            return _recurrent(kind, *args, **kwargs)
+        if name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
+            return _cell(kind, *args, **kwargs)
+        return func(*args, **kwargs)
