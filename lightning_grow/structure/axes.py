@@ -36,7 +36,7 @@ class Units:
 
     def size_in(self, model: nn.Module) -> int:
         """Return the number of units that ``model`` has now."""
-        return tensor_of(model, self.tensor).shape[self.dim] // self.per_unit
+        return int(tensor_of(model, self.tensor).shape[self.dim]) // self.per_unit
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,8 @@ def _group_from(data: Mapping[str, Any]) -> AxisGroup:
 
 def stack_from_dict(data: Mapping[str, Any]) -> Stack:
     """Return the stack that `Structure.to_dict` described."""
-    return Stack(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return Stack(**fields)
 
 
 def tensor_of(model: nn.Module, name: str) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import nn
 
 
-class Kept(NamedTuple):
+@dataclass(frozen=True)
+class Kept:
     """An integer attribute (or entry ``index`` of a tuple): ``times`` an axis of a parameter over ``divisor``."""
 
     name: str
@@ -61,7 +62,7 @@ def bookkeeping(module: nn.Module) -> list[Kept]:
 
 def _conv(module: nn.modules.conv._ConvNd) -> list[Kept]:
     produced, consumed = (1, 0) if module.transposed else (0, 1)
-    rows = module.weight.shape[0]
+    rows = int(module.weight.shape[0])
     if module.groups > 1 and module.weight.shape[1] == 1:
         # Depthwise: groups follow the channels, with a fixed number of kernels for each.
         sizes = {"in_channels": module.in_channels, "out_channels": module.out_channels, "groups": module.groups}
@@ -81,7 +82,7 @@ def _attention(module: nn.MultiheadAttention) -> list[Kept]:
 
 
 def _recurrent(module: nn.RNNBase) -> list[Kept]:
-    gates = module.weight_hh_l0.shape[0] // module.hidden_size
+    gates = int(module.all_weights[0][1].shape[0]) // module.hidden_size
     kept = [Kept("hidden_size", None, "weight_hh_l0", 0, gates)]
     if module.proj_size:
         kept.append(Kept("proj_size", None, "weight_hh_l0", 1))

@@ -7,9 +7,10 @@ concatenations and splits on the way. Where none was seen, the alternatives are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 
 from lightning_grow.structure.axes import Block, Layout, Units
 from lightning_grow.structure.solve import Solution
@@ -21,21 +22,21 @@ Expr = Any  # a sympy expression; sympy ships no types
 class Resolver:
     """Finds the layout of an axis.
 
-    Attributes:
+    Args:
+        trace: What the observer saw.
+        solution: Sizes as polynomials in unit counts.
         units: The factor that stands for each unit count.
-        ambiguous: Alternatives for expressions whose order was not seen.
     """
 
     def __init__(self, trace: Trace, solution: Solution, units: Mapping[Expr, Units]) -> None:
         self.units = units
         self.solution = solution
-        self.ambiguous: dict[Expr, list[Layout]] = {}
         self._raw: dict[Expr, list[Callable[[int], list[Layout]]]] = {}
         self._final: dict[Expr, list[Callable[[int], list[Layout]]]] = {}
         for whole, factors in trace.views:
-            self._note(whole, lambda depth, f=factors: self._product(f, depth))
+            self._note(whole, partial(self._product, factors))
         for whole, parts in trace.sums:
-            self._note(whole, lambda depth, p=parts: self._sum(p, depth))
+            self._note(whole, partial(self._sum, parts))
 
     def _note(self, whole: Expr, make: Callable[[int], list[Layout]]) -> None:
         self._raw.setdefault(whole, []).append(make)

@@ -24,7 +24,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         for value in attributes.values()
         if isinstance(value, (dict, list, set))
     ]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         try:
             yield

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 
 Expr = Any  # a sympy expression; sympy ships no types
 
@@ -82,7 +82,7 @@ class Solution:
         whole, rest = sympy.Integer(0), sympy.Integer(0)
         for term in terms:
             ratio = sympy.cancel(term / bottom)
-            coefficients = [c for c in ratio.as_coefficients_dict().values()]
+            coefficients = list(ratio.as_coefficients_dict().values())
             if ratio.is_polynomial() and all(c.is_Integer for c in coefficients):
                 whole += ratio
             elif term.is_Integer:
@@ -150,9 +150,9 @@ class Solution:
             return self._use_product(left)
         coefficients = {s: int(poly.coeff_monomial(s)) for s in symbols}
         constant = int(poly.coeff_monomial(1))
-        return self._use_linear(coefficients, constant, left)
+        return self._use_linear(coefficients, constant)
 
-    def _use_linear(self, coefficients: dict[Expr, int], constant: int, left: Expr) -> bool:
+    def _use_linear(self, coefficients: dict[Expr, int], constant: int) -> bool:
         if len(coefficients) == 1:
             ((symbol, c),) = coefficients.items()
             self._fixed_by_fact(symbol)
@@ -173,11 +173,9 @@ class Solution:
         total = sympy.Integer(rest // c)
         for s, k in others.items():
             g = math.gcd(c, k)
-            if c != g:
-                if self.hints[s] % (c // g):
-                    return False
-                s = self._multiples(s, c // g)
-            total += (k // g) * s
+            if self.hints[s] % (c // g):
+                return False
+            total += (k // g) * (s if c == g else self._multiples(s, c // g))
         self._set(symbol, total)
         return True
 

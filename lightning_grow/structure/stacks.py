@@ -101,10 +101,11 @@ def make_identity_(block: nn.Module, zeroed: tuple[str, ...], identity: tuple[st
             for i in range(weight.shape[0]):
                 weight[(i, i, *centre)] = 1
         for module in block.modules() if identity else ():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.affine:
-                if module.running_var is not None and module.running_mean is not None:
-                    module.weight.copy_(torch.sqrt(module.running_var + module.eps))
-                    module.bias.copy_(module.running_mean)
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_var is not None:
+                mean, var = module.running_mean, module.running_var
+                if module.affine and mean is not None:
+                    module.weight.copy_(torch.sqrt(var + module.eps))
+                    module.bias.copy_(mean)
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, dict[str, nn.Module]]]:

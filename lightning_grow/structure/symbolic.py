@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 from torch._dynamo.source import ConstantSource
@@ -87,7 +87,7 @@ class Trace:
     used: set[str] = field(default_factory=set)
 
 
-class Untraceable(RuntimeError):
+class UntraceableError(RuntimeError):
     """The model's own code failed on fake tensors, in the module ``path``."""
 
     def __init__(self, path: str, error: Exception) -> None:
@@ -117,7 +117,7 @@ class _Env(ShapeEnv):
         super()._set_replacement(a, tgt, msg)
 
 
-class _Mode(FakeTensorMode):
+class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """Fake tensors with an observer of the outermost operators.
 
     Observed from a subclass, not from a second dispatch mode: on torch 2.9 to 2.11 another mode on top turns symbolic
@@ -176,12 +176,14 @@ class Observer:
         return f"'{name}' ({kind})" if name else kind
 
     def on_constant(self, symbol: Expr) -> None:
+        """Note where a symbol became a constant."""
         self.trace.fixed.setdefault(symbol, (self.operator(), self.where))
 
     def _free(self, dims: Sequence[Expr]) -> set[Expr]:
         return {s for d in dims for s in self.env.replace(d).free_symbols}
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Note what one operator tells."""
         name = func.__name__.split(".")[0]
         inputs = _tensors((args, kwargs))
         outputs = _tensors(out)
@@ -322,8 +324,8 @@ def _contracted_dim(name: str, args: tuple[Any, ...], tensor: Tensor) -> int | N
     )
     if operands is not None:
         if tensor is args[operands[0]]:
-            return tensor.ndim - 1
-        return (tensor.ndim - 2 if tensor.ndim > 1 else 0) if tensor is args[operands[1]] else None
+            return int(tensor.ndim) - 1
+        return max(int(tensor.ndim) - 2, 0) if tensor is args[operands[1]] else None
     if name == "linear":
         return 1 if tensor is args[1] else None
     if name == "convolution" and tensor is args[1]:
@@ -357,7 +359,7 @@ def run(
         inputs: Tensors that the call closes over: fixed sizes, and known as the model's input.
 
     Raises:
-        Untraceable: If the model raises. The model is unchanged then, too.
+        UntraceableError: If the model raises. The model is unchanged then, too.
     """
     trace = Trace()
     observer = Observer(trace)
@@ -386,7 +388,7 @@ def run(
         try:
             outputs = call()
         except Exception as error:  # the model's own code: anything can happen
-            raise Untraceable(observer.modules[-1][0] if observer.modules else "", error) from error
+            raise UntraceableError(observer.modules[-1][0] if observer.modules else "", error) from error
         trace.outputs |= {d for t in tensors_in(outputs) for d in _dims(t)}
     trace.facts = [s - e for s, e in env.replacements.items()]
     for guard in env.guards:
@@ -414,7 +416,7 @@ def _symbolic(mode: FakeTensorMode, name: str, tensor: Tensor, static: Sequence[
     dynamic = [
         DimDynamic.STATIC if d in static or size < 2 else DimDynamic.DYNAMIC for d, size in enumerate(tensor.shape)
     ]
-    context = StatelessSymbolicContext(dynamic_sizes=dynamic, constraint_sizes=[None] * tensor.ndim)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=dynamic, constraint_sizes=[None] * tensor.ndim)
     fake: Tensor = mode.from_tensor(tensor.detach(), source=ConstantSource(name), symbolic_context=context)
     return fake
 
@@ -424,11 +426,11 @@ def _watched(model: nn.Module, observer: Observer) -> Iterator[None]:
     """Keep the stack of running modules, and note the outputs of the model itself wherever it is called."""
     names = {id(module): name for name, module in model.named_modules()}
 
-    def enter(module: nn.Module, args: Any) -> None:
+    def enter(module: nn.Module, _args: Any) -> None:
         if id(module) in names:
             observer.modules.append((names[id(module)], type(module).__name__))
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, _args: Any, output: Any) -> None:
         if id(module) in names:
             observer.modules.pop()
         if module is model:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -23,8 +22,8 @@ from lightning_grow.structure.modules import bookkeeping
 from lightning_grow.structure.resolve import Resolver
 from lightning_grow.structure.solve import Solution
 from lightning_grow.structure.stacks import find_stacks
-from lightning_grow.structure.symbolic import Bound, Source, Trace, Untraceable, run
-from lightning_grow.structure.verify import Trials, Unrunnable, choose_layouts, judge
+from lightning_grow.structure.symbolic import Bound, Source, Trace, UntraceableError, run
+from lightning_grow.structure.verify import Trials, UnrunnableError, choose_layouts, judge
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ def trace_call(model: nn.Module, call: Callable[..., Any], *args: Any, **kwargs:
     """
     if not any(True for _ in model.parameters()):
         raise StructureError(f"{type(model).__name__} has no parameters, so there is nothing to resize.")
-    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedTensorMixin)]
+    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise StructureError(f"'{lazy[0]}' is not initialised yet. Run the model once, then trace it.")
     if not pytree.tree_leaves((args, kwargs)) and call is model:
@@ -113,7 +112,7 @@ class _Tracer:
         while True:
             try:
                 proposal = _Proposal(self, self._run(bound, narrow))
-            except Untraceable as error:
+            except UntraceableError as error:
                 if not narrow:
                     raise StructureError(
                         f"{type(self.model).__name__} cannot be traced: {error} (in '{error.path}'). Its forward must "
@@ -210,7 +209,7 @@ class _Tracer:
         """Return the proposal with freed sizes if the model still runs and more axes vary."""
         try:
             other = _Proposal(self, self._run(bound | freed, self.narrow))
-        except Untraceable as error:
+        except UntraceableError as error:
             log.debug("sizes kept in Python stay fixed: %s", error)
             return proposal
         return other if len(other.pinned) < len(proposal.pinned) else proposal
@@ -223,7 +222,7 @@ class _Tracer:
         tensors = {a.tensor for g in proposal.groups for a in g.axes}
         try:
             trials = Trials(self.model, self.call, self.args, self.kwargs, tensors)
-        except Unrunnable as error:
+        except UnrunnableError as error:
             log.warning("The structure of %s is not verified: %s.", type(self.model).__name__, error)
             return {g.name: g for g in proposal.groups}, {}
         trials.sizes = {g.name: g.size for g in proposal.groups}

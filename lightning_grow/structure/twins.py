@@ -49,8 +49,8 @@ def _recurrent(
     weights: Sequence[Tensor],
     biased: bool,
     num_layers: int,
-    dropout: float,
-    training: bool,
+    _dropout: float,
+    _training: bool,
     bidirectional: bool,
     batch_first: bool,
 ) -> Any:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_grow.structure.axes import Attribute, Axis, AxisGroup, Layout, layout_length, layout_units
+from lightning_grow.structure.axes import Attribute, AxisGroup, Layout, layout_length
 from lightning_grow.structure.layout import entry_index, entry_share
 from lightning_grow.structure.sandbox import set_size, swap_in, tensors_in, unchanged
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
-class Unrunnable(RuntimeError):
+class UnrunnableError(RuntimeError):
     """The model cannot be run on real data here, so proposals cannot be tried."""
 
 
@@ -38,7 +38,7 @@ class Trials:
         names: Tensors that take part in some group.
 
     Raises:
-        Unrunnable: If the model does not run as it is, or has no floating-point output.
+        UnrunnableError: If the model does not run as it is, or has no floating-point output.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Trials:
         self._model, self._call, self._args, self._kwargs = model, call, args, kwargs
         named = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
         if any(t.device.type == "meta" for t in named.values()):
-            raise Unrunnable("its tensors are on the meta device")
+            raise UnrunnableError("its tensors are on the meta device")
         self._named = named
         self._in_groups = names
         self.sizes: dict[str, int] = {}
@@ -55,10 +55,11 @@ class Trials:
         for dtype in (torch.float64, None):
             try:
                 self._prepare(dtype)
-                return
             except Exception as e:  # the model's own code: anything can happen
                 error = error or e
-        raise Unrunnable(f"its forward fails on the example input: {type(error).__name__}: {error}")
+            else:
+                return
+        raise UnrunnableError(f"its forward fails on the example input: {type(error).__name__}: {error}")
 
     def _prepare(self, dtype: torch.dtype | None) -> None:
         self._dtype = dtype
@@ -66,9 +67,9 @@ class Trials:
         self._tensors.update({n: perturbed(n, self._tensors[n]) for n in sorted(self._in_groups)})
         self.reference = self.run(self._tensors, {})
         if not self.reference:
-            raise Unrunnable("it returns no floating-point tensor")
+            raise UnrunnableError("it returns no floating-point tensor")
         if not all(bool(torch.isfinite(t).all()) for t in self.reference):
-            raise Unrunnable("its output is not finite on the example input")
+            raise UnrunnableError("its output is not finite on the example input")
         least = min((t.dtype for t in self.reference), key=lambda d: -torch.finfo(d).eps)
         self._tolerance = _TOLERANCE.get(least, 1e-3)
 
@@ -222,8 +223,7 @@ def try_each(trials: Trials, groups: Sequence[AxisGroup], plan: Plan, exact: boo
     if len(groups) == 1:
         return {groups[0].name: error}
     half = len(groups) // 2
-    failed = try_each(trials, groups[:half], plan, exact) | try_each(trials, groups[half:], plan, exact)
-    return failed
+    return try_each(trials, groups[:half], plan, exact) | try_each(trials, groups[half:], plan, exact)
 
 
 def choose_layouts(
