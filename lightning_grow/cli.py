@@ -1,0 +1,271 @@
+"""The ``lightning-grow`` command: a LightningCLI for any module and data, and a look at structures and runs.
+
+``fit``, ``validate``, ``test`` and ``predict`` are Lightning's own, with its options, configuration files and errors;
+after ``fit`` stands a report. ``inspect`` and ``plot`` are described by their ``--help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from rich.console import Console
+
+import lightning_grow as lg
+from lightning_grow.data import DataFileError
+from lightning_grow.inspection import TargetError, build, describe, example_inputs, parse_arguments, resolve
+from lightning_grow.report import PICTURE_FILE, RunError, events_table, picture, read_history
+from lightning_grow.structure import StructureError
+from lightning_grow.trainer.history import HISTORY_FILE, History, run_folder, write_history
+from lightning_grow.trainer.run import run_of
+from lightning_grow.trainer.structural_callback import StructuralCallback
+
+_COMMANDS = """\
+usage: lightning-grow COMMAND ...
+
+Networks that change their own architecture while they train.
+
+commands:
+  fit        train; --config recipes/digits.yaml is a good start
+  validate   measure on validation data
+  test       measure on test data
+  predict    run on new data
+  inspect    print what may vary in any importable model, and what not and why
+  plot       draw the architecture of a run over time
+
+'lightning-grow COMMAND --help' describes each. Version {version}.
+"""
+
+
+@dataclass
+class ReportOptions:
+    """What ``fit`` does once training has ended, after the table of events.
+
+    Attributes:
+        test: Test the network, on the data module's test images.
+        ungrown: Train the same seed without growing for as long, and show it beside.
+        picture: Draw the architecture over time into the folder of the run.
+    """
+
+    test: bool = False
+    ungrown: bool = False
+    picture: bool = True
+
+
+class GrowCLI(LightningCLI):
+    """A LightningCLI whose ``fit`` keeps the history of the architecture and reports on it."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.history = History()
+        super().__init__(
+            args=list(args),
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            trainer_defaults={
+                "callbacks": [self.history],
+                "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "logs"}},
+            },
+            parser_kwargs={"version": lg.__version__},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of the report."""
+        parser.add_class_arguments(ReportOptions, "report")
+
+    def after_fit(self) -> None:
+        """Print the events, where the picture is, what to try next, and test metrics beside the ungrown seed's."""
+        if self.config[self.subcommand].trainer.fast_dev_run:
+            return
+        options = self.config_init[self.subcommand].report
+        console = _console()
+        folder = run_folder(self.trainer)
+        history = self.history.to_dict(self.model)
+        grown = _Result.of(self, options.test)
+        ungrown = None
+        if options.ungrown:
+            if self.trainer.is_global_zero:
+                console.print("For comparison: the same seed, trained as long without growing.")
+            twin = UngrownCLI(self.config[self.subcommand], folder)
+            twin.trainer.fit(twin.model, datamodule=twin.datamodule)
+            ungrown = _Result.of(twin, options.test)
+            curve = twin.history.train
+            history["curves"].insert(
+                0, {"name": "ungrown", "steps": curve.steps, "values": curve.values, "held_out": False, "faint": True}
+            )
+        if not self.trainer.is_global_zero:
+            return
+        record = run_of(self.model).record
+        console.print(events_table(record) if record.events else "Nothing changed: no event took place.")
+        if folder is not None and history["snapshots"]:
+            write_history(folder, history)
+            if options.picture:
+                path = _draw(history, folder / PICTURE_FILE, folder.parent.name)
+                console.print(f"Architecture over time: {path}\n")
+                for logger in self.trainer.loggers:
+                    if isinstance(logger, WandbLogger):
+                        logger.log_image("architecture", [str(path)])
+        _print_next_steps(console, self, folder)
+        _print_results(console, grown, ungrown)
+
+
+class UngrownCLI(LightningCLI):
+    """The same seed, model, data and training as a run, but without its structural callbacks. Nothing is run yet."""
+
+    def __init__(self, config: Namespace, folder: Path | None) -> None:
+        self.history = History()
+        self.folder = folder
+        config = config.clone()
+        arguments_of_fit = set(inspect.signature(pl.Trainer.fit).parameters) - self.subcommands()["fit"]
+        for name in ("config", *arguments_of_fit):
+            config.pop(name, None)
+        config.trainer.logger = False
+        super().__init__(args=config, run=False, save_config_callback=None)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Accept the same configuration."""
+        parser.add_class_arguments(ReportOptions, "report")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Return a trainer that logs beside the run, and keeps no checkpoints."""
+        given = self.config_init.trainer.callbacks or []
+        callbacks = given if isinstance(given, list) else [given]
+        return super().instantiate_trainer(
+            callbacks=[*(c for c in callbacks if not isinstance(c, (StructuralCallback, Checkpoint))), self.history],
+            logger=False if self.folder is None else CSVLogger(self.folder, name="ungrown", version=""),
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            **kwargs,
+        )
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a trained network is worth."""
+
+    parameters: int
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, cli: LightningCLI, test: bool) -> _Result:
+        metrics: dict[str, float] = {}
+        if test:
+            metrics |= cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)[0]
+        return cls(sum(parameter.numel() for parameter in cli.model.parameters()), metrics)
+
+
+def _print_results(console: Console, grown: _Result, ungrown: _Result | None) -> None:
+    for name in sorted(grown.metrics, key=lambda name: ("acc" in name, name)):
+        line = f"{name}  {grown.metrics[name]:.4f}  grown, {grown.parameters:,} parameters"
+        if ungrown is not None:
+            line += f"   |   {ungrown.metrics[name]:.4f}  the same seed ungrown, {ungrown.parameters:,} parameters"
+        console.print(line)
+
+
+def _print_next_steps(console: Console, cli: GrowCLI, folder: Path | None) -> None:
+    model = type(cli.model)
+    steps = [f"lightning-grow inspect {model.__module__}.{model.__qualname__}   # what may vary in this model"]
+    if folder is not None:
+        steps.append(f"lightning-grow plot {folder}   # draw the picture again")
+        checkpoint = cli.trainer.checkpoint_callback
+        best = getattr(checkpoint, "best_model_path", "")
+        if best:
+            steps.append(f"lightning-grow test --config {folder / 'config.yaml'} --ckpt_path {best}   # at that size")
+    other = Path("recipes/fashion_mnist.yaml")
+    if other.is_file():
+        steps.append(f"lightning-grow fit --config {other}   # the same on more data")
+    steps.append("a larger max_parameters in the recipe, or lightning_grow.MagnitudePruning after the growth")
+    console.print("What to try next:")
+    for step in steps:
+        console.print(f"  {step}", soft_wrap=True)
+    console.print()
+
+
+def _draw(history: dict[str, Any], path: Path, title: str) -> Path:
+    picture(history, title).savefig(path, dpi=150)
+    return path
+
+
+def _console(*, stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, markup=False, highlight=False, width=None if stream.isatty() else 140)
+
+
+def inspect_command(args: Sequence[str]) -> None:
+    """Run ``lightning-grow inspect``."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-grow inspect",
+        description="Print which widths and depths of a model may vary, what they cost, and why the rest is pinned.",
+        epilog="example: lightning-grow inspect lightning_grow.examples.ImageClassifier --args '{\"image_size\": 8}'",
+    )
+    parser.add_argument("target", help="package.module.Class, package.module:callable or path/to/file.py:callable")
+    parser.add_argument("--args", help="""arguments as JSON: '{"width": 8}' or '[8, 2]'""")
+    parser.add_argument("--input-shape", action="append", default=[], help="e.g. 1,3,32,32; once for each input")
+    parser.add_argument(
+        "--input-dtype", action="append", default=[], help="e.g. int64; once for each input, or for all"
+    )
+    parser.add_argument("--inputs", help="module:function that returns the inputs: a tensor, a tuple or a dict")
+    parser.add_argument("--axes", action="store_true", help="list every axis with its layout")
+    options = parser.parse_args(args)
+    positional, keywords = parse_arguments(options.args)
+    model = build(resolve(options.target), options.target, positional, keywords)
+    inputs, named_inputs = example_inputs(model, options.input_shape, options.input_dtype, options.inputs)
+    structure = lg.trace(model, *inputs, **named_inputs)
+    _console().print(describe(model, structure, every_axis=options.axes))
+
+
+def plot_command(args: Sequence[str]) -> None:
+    """Run ``lightning-grow plot``."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-grow plot",
+        description="Draw units per group, blocks per stack and losses of a run against optimizer steps.",
+    )
+    parser.add_argument("run", help=f"folder of a run, or of several: the newest '{HISTORY_FILE}' in it is drawn")
+    parser.add_argument("-o", "--output", help=f"picture to write (.png, .svg, .pdf); default: RUN/{PICTURE_FILE}")
+    parser.add_argument("--title", help="stands above the picture; default: the name of the run's folder of runs")
+    options = parser.parse_args(args)
+    folder, history = read_history(options.run)
+    path = Path(options.output) if options.output else folder / PICTURE_FILE
+    title = folder.absolute().parent.name if options.title is None else options.title
+    try:
+        _draw(history, path, title)
+    except (OSError, ValueError) as error:
+        raise RunError(f"Cannot write '{path}': {error}") from error
+    _console().print(str(path), soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: Arguments; default: those of the process.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in {"-h", "--help"}:
+        _console().print(_COMMANDS.format(version=lg.__version__))
+        return 0
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # models of the current folder, as with `python script.py`
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data of the recipes is in memory
+            commands = {"inspect": inspect_command, "plot": plot_command}
+            if args[0] in commands:
+                commands[args[0]](args[1:])
+            else:
+                GrowCLI(args)
+    except (StructureError, DataFileError, TargetError, RunError) as error:
+        _console(stderr=True).print(f"lightning-grow: error: {error}", soft_wrap=True)
+        return 1
+    return 0
