@@ -1,0 +1,171 @@
+"""Look at a LightningModule on the side: trace it, or run a step of it, on a copy that logs and steps nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_grow.structure import Structure, StructureError, trace, trace_call
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def example_inputs(trainer: pl.Trainer, module: pl.LightningModule) -> Inputs | None:
+    """Return ``example_input_array`` as arguments of ``forward``, where the module is; None if it has none."""
+    example = module.example_input_array
+    if example is None:
+        return None
+    example = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(example))
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+
+
+def trace_module(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Structure:
+    """Return the structure of a module, from its example input, else from a training step on ``batch``.
+
+    Where a run in train mode fails (batch norm on a single example), eval mode is tried too.
+
+    Raises:
+        StructureError: If it cannot be traced in any of these ways, with the reason of each.
+    """
+    attempts: list[tuple[str, Callable[[pl.LightningModule], Structure]]] = []
+    inputs = example_inputs(trainer, module)
+    if inputs is not None:
+        args, kwargs = inputs
+        attempts.append(("forward(example_input_array)", lambda probe: trace(probe, *args, **kwargs)))
+    with contextlib.suppress(StructureError):
+        step = _step_arguments(module, batch, batch_idx)
+        attempts.append(("training_step(first batch)", lambda probe: trace_call(probe, probe.training_step, *step)))
+    reasons = []
+    for name, attempt in attempts:
+        for mode in ("train", "eval"):
+            with quiet_copy(trainer, module) as probe, torch.compiler.set_stance("force_eager"):
+                if mode == "eval":
+                    probe.eval()
+                try:
+                    return attempt(probe)
+                except StructureError as error:
+                    reasons.append(f"{name} in {mode} mode: {error}")
+    raise StructureError(
+        f"{type(module).__name__} could not be traced. Set `example_input_array` to inputs of `forward` on which it "
+        "runs without looking at the values of tensors. Tried: " + (" | ".join(reasons) or "nothing, as there was none")
+    )
+
+
+def step_outputs(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> list[Tensor]:
+    """Return what a training step on ``batch`` returns in eval mode, and the outputs that it computed on the way.
+
+    These are what ``forward`` returned, or else what the last of the module's children returned.
+    Random draws are the same at each call; the random state, the module and its logs are left as they were.
+    """
+    seen: dict[bool, Any] = {}
+
+    def remember(inner: nn.Module, _args: object, output: Any) -> None:
+        if _tensors(output):
+            seen[inner is probe] = output
+
+    devices = [torch.cuda.current_device()] if module.device.type == "cuda" else []
+    with quiet_copy(trainer, module) as probe, torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(0)
+        probe.eval()
+        for inner in (probe, *probe.children()):
+            inner.register_forward_hook(remember)
+        with torch.compiler.set_stance("force_eager"), trainer.precision_plugin.train_step_context():
+            returned = probe.training_step(*_step_arguments(module, batch, batch_idx))
+    return [t.detach().to("cpu", torch.float64) for t in _tensors([returned, seen.get(True, seen.get(False))])]
+
+
+def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Return the largest absolute difference of outputs; infinite if their shapes differ."""
+    if [t.shape for t in before] != [t.shape for t in after]:
+        return float("inf")
+    return max((float((a - b).abs().max()) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)
+
+
+@contextlib.contextmanager
+def quiet_copy(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[pl.LightningModule]:
+    """Give a deep copy of a module whose steps log nothing and step no optimizer.
+
+    Raises:
+        StructureError: If the module cannot be copied.
+    """
+    try:
+        probe = copy.deepcopy(module)
+    except Exception as error:  # the module's own attributes: anything can happen
+        raise StructureError(
+            f"{type(module).__name__} cannot be copied to try something on it: {error}. An attribute that holds a "
+            "tensor with a graph (a loss kept between batches) should be detached."
+        ) from error
+    probe.trainer = trainer
+    for inner in probe.modules():
+        if isinstance(inner, pl.LightningModule):
+            for name, quiet in _quiet_methods(trainer).items():
+                inner.__dict__[name] = quiet
+    try:
+        yield probe
+    finally:
+        probe.trainer = None
+
+
+def _quiet_methods(trainer: pl.Trainer) -> dict[str, Callable[..., Any]]:
+    inert = [_InertOptimizer(optimizer) for optimizer in trainer.optimizers]
+    optimizers = inert[0] if len(inert) == 1 else inert
+
+    def nothing(*_args: object, **_kwargs: object) -> None:
+        return None
+
+    names = ("log", "log_dict", "print", "manual_backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
+    return dict.fromkeys(names, nothing) | {
+        "optimizers": lambda use_pl_optimizer=True: optimizers,  # noqa: ARG005
+        "lr_schedulers": nothing,
+    }
+
+
+class _InertOptimizer:
+    """Stands in for an optimizer in ``training_step`` with manual optimization: reads like it, changes nothing."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def step(self, closure: Callable[[], Any] | None = None, **_kwargs: object) -> Any:
+        return None if closure is None else closure()
+
+    def zero_grad(self, *_args: object, **_kwargs: object) -> None:
+        """Keep the gradients."""
+
+    def toggle_model(self, *_args: object, **_kwargs: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+
+def _step_arguments(module: pl.LightningModule, batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """Return the arguments that Lightning would give to ``training_step``."""
+    parameters = inspect.signature(module.training_step).parameters
+    if "dataloader_iter" in parameters:
+        raise StructureError(
+            f"`{type(module).__name__}.training_step` takes its batches itself, from `dataloader_iter`, so it cannot "
+            "be run on the side. Set `example_input_array`."
+        )
+    batch = pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, batch)
+    return (batch, batch_idx) if len(parameters) > 1 else (batch,)
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(outputs)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())]
+
+
+def count_of(module: nn.Module) -> int:
+    """Return the number of parameters of a module, tied ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,129 @@
+"""What a method proposes: changes of width and depth as plain data, which can be shortened and compared over ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_grow.structure.axes import Axis, AxisGroup, Stack
+from lightning_grow.structure.layout import entry_share
+from lightning_grow.surgery.edit import Edit
+
+
+_ROUND_OFF = 1e-9
+
+
+@dataclass(frozen=True)
+class BlockEdit:
+    """A planned change of depth: one block more, the identity at first, or one block less.
+
+    Attributes:
+        stack: The stack as it is before.
+        at: Position of the new block, or of the block that goes.
+        remove: Whether the block goes.
+    """
+
+    stack: Stack
+    at: int
+    remove: bool = False
+
+    @property
+    def size_after(self) -> int:
+        """Number of blocks afterwards."""
+        return len(self.stack.blocks) + (-1 if self.remove else 1)
+
+
+Change = Edit | BlockEdit
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """A change that a method suggests, and the gain that it expects from it, if it predicts one."""
+
+    change: Change
+    predicted: float | None = None
+
+
+def trimmed(edit: Edit, size: int, sizes: Mapping[str, int]) -> Edit:
+    """Return an edit that stops at ``size`` units, as if the last of its new units had never been asked for.
+
+    Fan-out shares of the copies that remain of a unit are scaled up to what all its copies had together, so that what
+    preserved the function still does.
+
+    Args:
+        edit: An edit that appends units.
+        size: Units after the shorter edit, ``edit.group.size <= size <= len(edit.index)``.
+        sizes: Units of all groups before the edit: other groups may share an axis with this one.
+    """
+    if not edit.group.size <= size <= len(edit.index):
+        raise ValueError(
+            f"'{edit.group.name}' goes from {edit.group.size} to {len(edit.index)}, it cannot stop at {size}."
+        )
+    index, share = edit.index[:size], list(edit.share[:size])
+    for unit in set(index) - {-1}:
+        wanted = sum(s for i, s in zip(edit.index, edit.share, strict=True) if i == unit)
+        wanted = 1.0 if abs(wanted - 1) < _ROUND_OFF else wanted
+        places = [place for place, source in enumerate(index) if source == unit]
+        found = sum(share[place] for place in places)
+        if found:
+            for place in places:
+                share[place] = wanted if len(places) == 1 else share[place] * wanted / found
+    axes = {axis.label: axis for axis in edit.group.axes}
+    given = edit.values if -1 in index else {}
+    values = {label: _kept_values(value, edit, axes[label], size, sizes) for label, value in given.items()}
+    return replace(edit, index=index, share=tuple(share), values=values)
+
+
+def _kept_values(value: Tensor, edit: Edit, axis: Axis, size: int, sizes: Mapping[str, int]) -> Tensor:
+    """Drop the given new entries of units that are no longer made."""
+    index = torch.tensor(edit.index)
+    position = torch.arange(len(index), dtype=torch.float64) + 2  # from 2: other blocks of the axis read 1
+    owner = entry_share(axis.layout, sizes, {edit.group.name: position}).long() - 2
+    new = (owner >= 0) & (index[owner.clamp(min=0)] < 0)
+    return value.index_select(axis.dim, torch.nonzero(owner[new] < size).flatten().to(value.device))
+
+
+def size_after(change: Change) -> int:
+    """Return the number of units or blocks after a change."""
+    return change.size_after if isinstance(change, BlockEdit) else len(change.index)
+
+
+def size_before(change: Change) -> int:
+    """Return the number of units or blocks before a change."""
+    return len(change.stack.blocks) if isinstance(change, BlockEdit) else change.group.size
+
+
+def is_nothing(change: Change) -> bool:
+    """Return whether an edit leaves everything as it is."""
+    return isinstance(change, Edit) and change.is_identity
+
+
+def rounded(group: AxisGroup, num_units: int | None, fraction: float | None) -> int:
+    """Return how many units a group should gain or lose: a multiple of its step, at least one step.
+
+    Args:
+        group: The group.
+        num_units: This many, or
+        fraction: this share of the units there are now.
+    """
+    wanted = num_units if num_units is not None else round((fraction or 0.0) * group.size)
+    return max(1, -(-wanted // group.step)) * group.step
+
+
+def fingerprint(changes: Sequence[Change]) -> int:
+    """Return a number that two ranks share if, and practically only if, they propose the same changes."""
+    digest = hashlib.sha256()
+    for change in changes:
+        if isinstance(change, BlockEdit):
+            digest.update(repr(change).encode())
+            continue
+        digest.update(repr((change.group.name, change.group.size, change.index, change.share, change.seed)).encode())
+        for label in sorted(change.values):
+            value = change.values[label].detach().to("cpu", torch.float64).contiguous()
+            digest.update(repr((label, tuple(value.shape))).encode())
+            digest.update(value.numpy().tobytes())
+    return int.from_bytes(digest.digest()[:7], "big")

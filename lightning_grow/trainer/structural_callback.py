@@ -1,0 +1,463 @@
+"""The one class that knows the Trainer: when -> observe -> propose -> apply -> record."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+from lightning_grow.criteria.statistics import Statistic
+from lightning_grow.structure.axes import AxisGroup, Structure
+from lightning_grow.trainer.budget import Budget, Meter, apply_changes_
+from lightning_grow.trainer.editing import agree, editing, refuse_module, refuse_strategy
+from lightning_grow.trainer.occasion import Occasion, check_patterns, chosen
+from lightning_grow.trainer.probe import count_of, example_inputs, largest_difference, step_outputs, trace_module
+from lightning_grow.trainer.proposal import BlockEdit, Proposal, is_nothing
+from lightning_grow.trainer.record import Record
+from lightning_grow.trainer.reporting import log_final_sizes, log_sizes, loss_of, summary, to_events
+from lightning_grow.trainer.resume import Restorer, copies_of
+from lightning_grow.trainer.run import CHECKPOINT_KEY, Run, run_of
+from lightning_grow.trainer.triggers import Plateau, Trigger
+from lightning_grow.trainer.window import Window
+
+log = logging.getLogger(__name__)
+
+
+class StructuralCallback(pl.Callback, ABC):
+    """Changes the architecture of a LightningModule while it trains. A method implements `propose`.
+
+    The model, its optimizers, schedulers and the Trainer stay the same objects. An event happens between two optimizer
+    steps, never within gradient accumulation, sanity checking or a tuner's trial. Several structural callbacks can
+    work in one run: they share one structure and one record, and take turns, one event each step, in list order.
+
+    Args:
+        every_n_steps: An event each time so many optimizer steps are done.
+        every_n_epochs: An event at the end of every n-th epoch, except the last. The default, with 1, if no other
+            condition is given.
+        at_steps: An event at each of these optimizer steps.
+        on_plateau: Name of a logged metric: an event when it has not improved for ``patience`` epochs.
+        patience: Epochs without improvement that make a plateau.
+        min_delta: Smallest change of the metric that counts as an improvement.
+        mode: Whether the metric should fall (``"min"``) or rise (``"max"``).
+        start: No event before so many optimizer steps (with epochs or a plateau: epochs) are done.
+        stop: No event after so many optimizer steps (epochs) are done.
+        groups: Glob patterns of the groups and stacks to change, as in `Structure`; ``"!pattern"`` excludes.
+        max_parameters: Largest number of parameters of the whole model.
+        max_flops: Most floating-point operations of ``forward(example_input_array)``.
+        max_latency_ms: Longest time of ``forward(example_input_array)`` in eval mode, in milliseconds.
+        num_units: Units by which each group changes at an event, or
+        fraction: the share of its units by which it changes; rounded up to whole steps of the group.
+        new_state: Squared gradients in the optimizer for new units: the ``"mean"`` of the others, or ``"zeros"``.
+        seed: Seed of the method's own random draws; the global random state is never touched.
+        verify: Compare what a training step returns in eval mode before and after each event, on the same batch.
+        verbose: Show the structure once, on rank zero.
+
+    Raises:
+        MisconfigurationException: If an argument is out of range, or (in ``setup``, ``on_fit_start`` and at the first
+            batch) the model, the strategy or the budget cannot work.
+    """
+
+    shrinks: ClassVar[bool] = False
+    """Whether the method makes models smaller: it then starts above a budget, and stops when it is reached."""
+
+    window_batches: int = 8
+    """Ordinary batches that the statistics observe before an event, for methods that look at data."""
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        at_steps: list[int] | None = None,
+        on_plateau: str | None = None,
+        patience: int = 3,
+        min_delta: float = 0.0,
+        mode: Literal["min", "max"] = "min",
+        start: int = 0,
+        stop: int | None = None,
+        groups: list[str] | None = None,
+        max_parameters: int | None = None,
+        max_flops: float | None = None,
+        max_latency_ms: float | None = None,
+        num_units: int | None = None,
+        fraction: float | None = None,
+        new_state: Literal["mean", "zeros"] = "mean",
+        seed: int = 0,
+        verify: bool = False,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        if every_n_steps is None and every_n_epochs is None and at_steps is None and on_plateau is None:
+            every_n_epochs = 1
+        self.trigger = Trigger(
+            every_n_steps, every_n_epochs, at_steps, on_plateau, start, stop, patience, min_delta, mode
+        )
+        self.budget = Budget(max_parameters, max_flops, max_latency_ms)
+        if isinstance(groups, str):
+            raise MisconfigurationException(f"`groups` should be a list of patterns, found the string {groups!r}.")
+        if num_units is not None and fraction is not None:
+            raise MisconfigurationException(
+                f"Expected `num_units` or `fraction`, found both: {num_units!r} and {fraction!r}."
+            )
+        if num_units is not None and num_units < 1:
+            raise MisconfigurationException(f"`num_units` should be at least 1, found {num_units!r}.")
+        if fraction is not None and not fraction > 0:
+            raise MisconfigurationException(f"`fraction` should be above 0, found {fraction!r}.")
+        if new_state not in {"mean", "zeros"}:
+            raise MisconfigurationException(f"`new_state` should be 'mean' or 'zeros', found {new_state!r}.")
+        self.groups = groups
+        self.num_units = num_units
+        self.fraction = fraction
+        self.new_state = new_state
+        self.seed = seed
+        self.verify = verify
+        self.verbose = verbose
+
+        self._run = Run()
+        self._restorer: Restorer | None = None
+        self._plateau = Plateau()
+        self._observed_epoch = -1
+        self._is_ready = False
+        self._seen_step = 0
+        self._due = False
+        self._window: Window | None = None
+        self._saved_window: dict[str, Any] | None = None
+        self._log_countdown = 0
+        self._said_full = False
+
+    # -- what a method implements ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def propose(self, occasion: Occasion) -> Sequence[Proposal]:
+        """Return the changes that the method wants now, most wanted first; at most one for each group or stack.
+
+        Pure: equal on all ranks because everything in ``occasion`` is.
+        """
+
+    def statistics(
+        self,
+        structure: Structure,  # noqa: ARG002
+        groups: Sequence[AxisGroup],  # noqa: ARG002
+    ) -> Mapping[str, Statistic]:
+        """Return what to observe between the trigger and the event; nothing, by default."""
+        return {}
+
+    # -- what a user may read --------------------------------------------------------------------------------------
+
+    @property
+    def record(self) -> Record:
+        """Everything that happened to the model in this run, by this callback and by others."""
+        return self._run.record
+
+    @property
+    def structure(self) -> Structure | None:
+        """The structure of the model, as it was after the last event; None before the first training batch."""
+        return self._run.structure
+
+    @property
+    @override
+    def state_key(self) -> str:
+        trigger = self.trigger
+        return self._generate_state_key(
+            every_n_steps=trigger.every_n_steps,
+            every_n_epochs=trigger.every_n_epochs,
+            at_steps=trigger.at_steps,
+            on_plateau=trigger.on_plateau,
+            groups=self.groups,
+        )
+
+    # -- before training -------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            refuse_strategy(trainer.strategy)
+            refuse_module(pl_module)
+        self._run = run_of(pl_module)
+        self._restorer = Restorer(pl_module, trainer)
+        self._restorer.install()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        refuse_module(pl_module, trainer.optimizers)
+        self._run.reorder_(pl_module, trainer.optimizers)
+        if self.budget.is_limited:
+            excess = self._meter(trainer, pl_module, Structure(groups={})).excess()
+            if excess and not self.shrinks:
+                listed = "; ".join(f"{n}={limit:,} but the model has {cost:,}" for n, (cost, limit) in excess.items())
+                raise MisconfigurationException(
+                    f"The budget of {type(self).__name__} is already exceeded before training: {listed}. Raise the "
+                    "limit, or begin with a smaller model."
+                )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seen_step = trainer.global_step
+        self._run.last_event_step = -1
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._is_ready:
+            return
+        if not self._run.is_current(pl_module):
+            self._run.structure = trace_module(trainer, pl_module, batch, batch_idx)
+            if self.verbose:
+                rank_zero_only(log.info)("%s\n%s", type(pl_module).__name__, self._run.structure)
+        self._is_ready = True
+        structure = self._run.live_structure(pl_module)
+        check_patterns(structure, self.groups)
+        self._run.begin(pl_module)
+        self._log_countdown = self._steps_to_log(trainer)
+        if self._saved_window is not None:
+            self._open_window(pl_module, self._saved_window)
+            self._saved_window = None
+
+    # -- while training --------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._run.awaits_loss and self._run.last_event_step != trainer.global_step:
+            self._run.answer(loss_of(outputs))
+        if self._window is not None:
+            self._window.batches += 1
+        finished = self._finished_epochs(trainer)
+        step = trainer.global_step
+        if step == self._seen_step and finished is None:
+            return
+        if self.trigger.after_step(self._seen_step, step, finished):
+            self._due = True
+        stepped = step != self._seen_step
+        self._seen_step = step
+        if self._due and stepped:
+            self._advance(trainer, pl_module, outputs, batch, batch_idx)
+        if self._log_countdown > 0:
+            self._log_countdown -= 1
+            self._log_sizes(trainer, pl_module, at_epoch_end=False)
+
+    def _advance(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Open the window, wait for it to fill, or let the event happen: an optimizer step has just been done."""
+        if self._window is not None and self._window.is_stale(self._run.record):
+            self._close_window()
+        if self._window is None and self._open_window(pl_module):
+            return
+        if self._window is not None and self._window.batches < self.window_batches:
+            return
+        if self._run.last_event_step == trainer.global_step:
+            return  # another callback's turn; the next step is ours
+        window = self._close_window()
+        statistics = {} if window is None else window.reduced(trainer)
+        self._due = False
+        self._event(trainer, pl_module, statistics, outputs, batch, batch_idx)
+
+    def _event(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        statistics: Mapping[str, Statistic],
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        structure = self._run.live_structure(pl_module)
+        occasion = self._occasion(trainer, pl_module, structure, statistics)
+        proposals = [p for p in self.propose(occasion) if not is_nothing(p.change)]
+        fitting = self._within_budget(trainer, pl_module, structure, proposals)
+        changes = [p.change for p in fitting]
+        agree(trainer, changes, trainer.global_step)
+        if not changes:
+            self._say_nothing_to_do(proposals)
+            return
+        before = step_outputs(trainer, pl_module, batch, batch_idx) if self.verify else None
+        with editing(trainer) as module:
+            twins = copies_of(pl_module, trainer)
+            apply_changes_(module, changes, trainer.optimizers, self.new_state)
+            for twin in twins:
+                apply_changes_(twin, changes)
+        if any(isinstance(change, BlockEdit) for change in changes):
+            self._run.structure = trace_module(trainer, pl_module, batch, batch_idx)
+        structure = self._run.live_structure(pl_module)
+        difference = None
+        if before is not None:
+            difference = largest_difference(before, step_outputs(trainer, pl_module, batch, batch_idx))
+        events = to_events(
+            fitting,
+            structure,
+            step=trainer.global_step,
+            epoch=trainer.current_epoch,
+            method=type(self).__name__,
+            parameters=count_of(pl_module),
+            loss=loss_of(outputs),
+            difference=difference,
+        )
+        self._run.add(events, trainer.global_step)
+        self._log_countdown = self._steps_to_log(trainer)
+        rank_zero_only(log.info)("%s", summary(events))
+
+    def _within_budget(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, structure: Structure, proposals: list[Proposal]
+    ) -> list[Proposal]:
+        if not self.budget.is_limited or not proposals:
+            return proposals
+        meter = self._meter(trainer, pl_module, structure)
+        if self.shrinks:
+            return [] if meter.fits() else proposals
+        return meter.fit(proposals)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._watch_plateau(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._watch_plateau(trainer, complain=True)
+        self._log_sizes(trainer, pl_module, at_epoch_end=True)
+
+    def _watch_plateau(self, trainer: pl.Trainer, *, complain: bool = False) -> None:
+        """Observe the metric once each epoch: after validation if it is there by then, else at the end of the epoch."""
+        name = self.trigger.on_plateau
+        if name is None or self._observed_epoch == trainer.current_epoch:
+            return
+        value = trainer.callback_metrics.get(name)
+        if value is None:
+            if complain:
+                raise MisconfigurationException(
+                    f"`on_plateau` names the metric '{name}', which was not logged in the first epoch. Logged are: "
+                    f"{', '.join(sorted(trainer.callback_metrics)) or 'none'}."
+                )
+            return
+        self._observed_epoch = trainer.current_epoch
+        self._plateau.observe(float(value), self.trigger)
+        due = self.trigger.after_epoch(self._plateau, trainer.current_epoch + 1)
+        if trainer.strategy.reduce_boolean_decision(due, all=False):
+            self._due = True
+            self._plateau.bad_epochs = 0
+
+    # -- at the end ------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close_window()
+        if self._run.structure is not None:
+            log_final_sizes(trainer.loggers, self._sizes(pl_module), count_of(pl_module))
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        self._close_window()
+        if self._restorer is not None:
+            self._restorer.release()
+            self._restorer = None
+        self._is_ready = False
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "due": self._due,
+            "plateau": {"best": self._plateau.best, "bad_epochs": self._plateau.bad_epochs},
+            "observed_epoch": self._observed_epoch,
+            "window": None if self._window is None else self._window.state_dict(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._due = state_dict["due"]
+        self._plateau = Plateau(**state_dict["plateau"])
+        self._observed_epoch = state_dict["observed_epoch"]
+        self._saved_window = state_dict["window"]
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if CHECKPOINT_KEY not in checkpoint:
+            checkpoint[CHECKPOINT_KEY] = run_of(pl_module).to_checkpoint(pl_module, trainer.optimizers)
+
+    # -- private ---------------------------------------------------------------------------------------------------
+
+    def _occasion(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        structure: Structure,
+        statistics: Mapping[str, Statistic],
+    ) -> Occasion:
+        groups = tuple(structure[name] for name in chosen(structure.groups, self.groups))
+        stacks = tuple(structure.stacks[name] for name in chosen(structure.stacks, self.groups))
+        return Occasion(pl_module, structure, groups, stacks, statistics, trainer.global_step, self.seed)
+
+    def _meter(self, trainer: pl.Trainer, pl_module: pl.LightningModule, structure: Structure) -> Meter:
+        inputs = example_inputs(trainer, pl_module) if self.budget.needs_running else None
+        forward = None
+        if inputs is not None:
+            args, kwargs = inputs
+            forward = lambda model: model(*args, **kwargs)  # noqa: E731
+        return Meter(self.budget, pl_module, structure, forward, trainer.strategy.broadcast)
+
+    def _open_window(self, pl_module: pl.LightningModule, saved: dict[str, Any] | None = None) -> bool:
+        """Begin to observe; return whether there is anything to observe."""
+        structure = self._run.live_structure(pl_module)
+        groups = [structure[name] for name in chosen(structure.groups, self.groups)]
+        statistics = self.statistics(structure, groups)
+        if not statistics:
+            return False
+        self._window = Window(dict(statistics), len(self._run.record))
+        if saved is not None:
+            self._window.load_state_dict(saved, pl_module.device)
+        self._window.attach(pl_module)
+        return True
+
+    def _close_window(self) -> Window | None:
+        window, self._window = self._window, None
+        if window is not None:
+            window.detach()
+        return window
+
+    def _finished_epochs(self, trainer: pl.Trainer) -> int | None:
+        """Return the number of epochs done if this batch ended one, and another follows."""
+        if self.trigger.every_n_epochs is None or not trainer.is_last_batch:
+            return None
+        finished, limit = trainer.current_epoch + 1, trainer.max_epochs
+        return finished if limit is None or limit == -1 or finished < limit else None
+
+    def _sizes(self, pl_module: pl.LightningModule) -> dict[str, int]:
+        if self._run.structure is None:
+            return {}
+        structure = self._run.live_structure(pl_module)
+        groups = {name: structure[name].size for name in chosen(structure.groups, self.groups)}
+        return groups | {name: len(structure.stacks[name].blocks) for name in chosen(structure.stacks, self.groups)}
+
+    def _log_sizes(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, at_epoch_end: bool) -> None:
+        if self._run.structure is not None:
+            log_sizes(trainer, pl_module, self._sizes(pl_module), count_of(pl_module), at_epoch_end=at_epoch_end)
+
+    def _steps_to_log(self, trainer: pl.Trainer) -> int:
+        """Return for how many steps to log, so that one of them is a step at which the loggers listen."""
+        return max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined, no-any-return]
+
+    def _say_nothing_to_do(self, proposals: Sequence[Proposal]) -> None:
+        if proposals and not self._said_full:
+            self._said_full = True
+            limits = ", ".join(f"{n}={limit:,}" for n, limit in vars(self.budget).items() if limit is not None)
+            rank_zero_only(log.info)("%s: the budget is reached (%s)", type(self).__name__, limits)

@@ -1,0 +1,58 @@
+"""The batches between a trigger and its event, in which statistics look on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from lightning_grow.criteria.statistics import Statistic
+from lightning_grow.trainer.record import Record
+
+
+class Window:
+    """Statistics that observe ordinary batches: no second loader, no extra pass.
+
+    Args:
+        statistics: What observes, by name.
+        events: Events in the record when the window opened: after another event the sums have wrong shapes.
+    """
+
+    def __init__(self, statistics: Mapping[str, Statistic], events: int) -> None:
+        self.statistics = statistics
+        self.batches = 0
+        self._events = events
+
+    def is_stale(self, record: Record) -> bool:
+        """Return whether the model has changed since the window opened."""
+        return len(record) != self._events
+
+    def attach(self, module: nn.Module) -> None:
+        """Begin to observe."""
+        for statistic in self.statistics.values():
+            statistic.attach(module)
+
+    def detach(self) -> None:
+        """Stop observing."""
+        for statistic in self.statistics.values():
+            statistic.detach()
+
+    def reduced(self, trainer: pl.Trainer) -> Mapping[str, Statistic]:
+        """Return the statistics with their sums added up over all ranks."""
+        for name in sorted(self.statistics):
+            self.statistics[name].reduce_(lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"))
+        return self.statistics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums so far, of this rank."""
+        sums = {name: statistic.state_dict() for name, statistic in self.statistics.items()}
+        return {"batches": self.batches, "events": self._events, "sums": sums}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from saved sums."""
+        self.batches, self._events = state["batches"], state["events"]
+        for name, sums in state["sums"].items():
+            self.statistics[name].load_state_dict(sums, device)
