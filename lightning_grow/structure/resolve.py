@@ -13,8 +13,8 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 
 from lightning_grow.structure.axes import Block, Layout, Units
+from lightning_grow.structure.observe import Trace
 from lightning_grow.structure.solve import Solution
-from lightning_grow.structure.symbolic import Trace
 
 Expr = Any  # a sympy expression; sympy ships no types
 

@@ -25,6 +25,7 @@ class Solution:
         known: What each eliminated symbol equals.
         reasons: Why symbols were fixed here, beyond what the trace itself says.
         roots: Symbols that the trace itself fixed.
+        fixed_by: For symbols that an equation fixed by itself, that equation.
     """
 
     def __init__(self, hints: Mapping[Expr, int]) -> None:
@@ -32,6 +33,7 @@ class Solution:
         self.known: dict[Expr, Expr] = {}
         self.reasons: dict[Expr, str] = {}
         self.roots: set[Expr] = set()
+        self.fixed_by: dict[Expr, Expr] = {}
         self._origin: dict[Expr, set[Expr]] = {}
         self._fact: Expr = sympy.Integer(0)
         self._cache: dict[Expr, Expr] = {}
@@ -106,7 +108,7 @@ class Solution:
         while queue:
             fact = self._fact = queue.popleft()
             left = self(fact)
-            if self._use(left):
+            if self._use(left, last_resort=stalled > len(queue)):
                 stalled = 0
             elif stalled <= len(queue):
                 queue.append(fact)
@@ -135,13 +137,18 @@ class Solution:
         """Fix every unit count in ``expr`` at its present size."""
         self._fix_all(self(expr), reason)
 
-    def _use(self, left: Expr) -> bool:
-        """Use the equation ``left == 0``; False if it cannot be used yet."""
+    def _use(self, left: Expr, last_resort: bool = False) -> bool:
+        """Use the equation ``left == 0``; False if it cannot be used yet.
+
+        Division by what varies itself is only settled when nothing else is left to use.
+        """
         if not left.free_symbols:
             return True
         division = _division(left)
         if division is not None:
-            return self._make_divisible(*division) and self._use(self(left))
+            if not last_resort and not self(division[1]).is_Integer:
+                return False
+            return self._make_divisible(*division) and self._use(self(left), last_resort)
         symbols = sorted(left.free_symbols, key=str)
         if not left.is_polynomial(*symbols):
             return False
@@ -212,9 +219,11 @@ class Solution:
 
     def _use_symbolic_divisor(self, top: Expr, bottom: Expr) -> bool:
         """Let ``a // b`` be exact where ``b`` varies: keep the present ratio of one to the other, if it is whole."""
-        if bottom.is_Symbol and top.is_Symbol and self.hints[top] % self.hints[bottom] == 0:
-            self._set(top, bottom * (self.hints[top] // self.hints[bottom]))
-            return True
+        c, symbol = top.as_coeff_Mul()
+        if bottom.is_Symbol and symbol.is_Symbol and c.is_Integer:
+            ratio, rest = divmod(int(c) * self.hints[symbol], self.hints[bottom])
+            if not rest and self._set_sum(symbol, int(c), {bottom: ratio}, 0):
+                return True
         self._fix_all(bottom, "other sizes are divided by it")
         return True
 
@@ -243,13 +252,14 @@ class Solution:
             seen.add(symbol)
             if symbol in self.reasons:
                 return symbol, self.reasons[symbol]
-            last = symbol if symbol in self.roots else last
+            last = symbol if symbol in self.roots or (symbol in self.fixed_by and last not in self.roots) else last
             queue.extend(sorted(self._origin.get(symbol, ()), key=str))
         return last, None
 
     def _fixed_by_fact(self, symbol: Expr) -> None:
         """Let a symbol that an equation fixes share the reason of the other symbols in that equation."""
         self._origin[symbol] = {s for s in self._fact.free_symbols if s is not symbol}
+        self.fixed_by[symbol] = self._fact
 
     def _set(self, symbol: Expr, value: Expr) -> None:
         self.known[symbol] = value

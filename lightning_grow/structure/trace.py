@@ -19,10 +19,11 @@ from torch.utils import _pytree as pytree
 from lightning_grow.structure.axes import Attribute, Axis, AxisGroup, Block, Layout, Structure, Units, layout_units
 from lightning_grow.structure.errors import StructureError
 from lightning_grow.structure.modules import bookkeeping
+from lightning_grow.structure.observe import Bound, Trace
 from lightning_grow.structure.resolve import Resolver
 from lightning_grow.structure.solve import Solution
 from lightning_grow.structure.stacks import find_stacks
-from lightning_grow.structure.symbolic import Bound, Source, Trace, UntraceableError, run
+from lightning_grow.structure.symbolic import Source, UntraceableError, run
 from lightning_grow.structure.verify import Trials, UnrunnableError, choose_layouts, judge
 
 log = logging.getLogger(__name__)
@@ -279,6 +280,8 @@ class _Proposal:
         solution.solve(seen.facts, seen.divisible)
         for expr in seen.outputs:
             solution.fix(expr, "model output")
+        for expr in sorted(seen.looked_up, key=str):
+            solution.fix(expr, "its entries are looked up by their index")
         for raw in seen.symbols.values():
             solution.make_whole(raw)
         sizes = {key: solution(raw) for key, raw in seen.symbols.items()}
@@ -334,7 +337,7 @@ class _Proposal:
         for (tensor, dim), raw in self.seen.sizes.items():
             label = f"{tensor}[{dim}]"
             expr = sizes.get((tensor, dim))
-            if tensor not in self.seen.used and tensor in dict(self.tracer.model.named_parameters()):
+            if tensor not in self.seen.used:
                 self.pinned[label] = "not used by the forward pass"
             elif expr is None:
                 self.pinned[label] = self._why_static(tensor, dim)
@@ -367,7 +370,8 @@ class _Proposal:
         symbol, reason = self.solution.reason(raw)
         if reason is not None:
             return reason
-        operator, where = self.seen.fixed.get(symbol, ("", ""))
+        fact = self.solution.fixed_by.get(symbol)
+        operator, where = self.seen.fixed.get(symbol) or self.seen.origins.get(fact, ("", ""))
         size = self.solution.size(raw)
         if not where:
             return f"fixed at {size}"
@@ -383,7 +387,8 @@ class _Proposal:
         options: dict[str, list[AxisGroup]] = {}
         for symbol, units in self.units.items():
             mine = {key: o for key, o in layouts.items() if units.group in layout_units(o[0])}
-            if not mine:
+            if not any(isinstance(self.tracer.named[t], nn.Parameter) for t, _ in mine):
+                self.pinned |= {f"{t}[{d}]": "belongs to no parameter" for t, d in mine}
                 continue
             attributes = tuple(
                 Attribute(*bound, self._amount(expr)) for bound, expr in self.attributes if symbol in expr.free_symbols
