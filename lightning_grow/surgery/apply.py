@@ -167,10 +167,10 @@ def _optimizers(optimizers: Iterable[Any]) -> list[Any]:
 
 def _live_sizes(model: nn.Module, edits: Mapping[str, Edit]) -> dict[str, int]:
     """Return the live unit count of every group that the edited axes and attributes depend on."""
-    layouts = [a.layout for e in edits.values() for a in (*e.group.axes, *e.group.attributes)]
     units: dict[str, Units] = {}
-    for layout in layouts:
-        units.update(layout_units(layout))
+    for group in (edit.group for edit in edits.values()):
+        for layout in (*(axis.layout for axis in group.axes), *(attribute.layout for attribute in group.attributes)):
+            units.update(layout_units(layout))
     return {name: _tensor(model, u.tensor, name).shape[u.dim] // u.per_unit for name, u in units.items()}
 
 

@@ -76,7 +76,8 @@ class Edit:
         unknown = [label for label in self.values if label not in labels]
         if unknown:
             raise ValueError(
-                f"Values are given for {_listed(unknown)}, but group '{self.group.name}' has the axes {_listed(labels)}."
+                f"Values are given for {_listed(unknown)}, but the axes of group '{self.group.name}' are "
+                f"{_listed(labels)}."
             )
         if self.values and not self.num_new:
             raise ValueError(f"Values are given for group '{self.group.name}', but the edit adds no new unit to it.")

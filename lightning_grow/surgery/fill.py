@@ -37,7 +37,7 @@ def edited(tensor: Tensor, name: str, maps: tuple[AxisMap, ...]) -> Tensor:
         A new tensor of the same dtype and device, detached, with the new length on each mapped axis.
     """
     tensor = tensor.detach()
-    out = gather(tensor, maps)
+    out = gather(tensor, maps, zero_new=False)
     for m in maps:
         if m.role == "consumed" and m.share is not None:
             scale_(out, m, m.share)
@@ -114,13 +114,12 @@ def _fill_(out: Tensor, tensor: Tensor, label: str, m: AxisMap) -> None:
 
 
 def _fill_normal_(out: Tensor, tensor: Tensor, label: str, m: AxisMap) -> None:
-    std, mean = (float(s) for s in torch.std_mean(torch.view_as_real(tensor) if out.is_complex() else _wide(tensor)))
-    if m.role == "produced":
-        mean = 0.0
-        if not (math.isfinite(std) and std > 0):
-            std = (tensor.numel() / tensor.shape[m.dim]) ** -0.5
-    elif not math.isfinite(std):
-        std = 0.0
+    mean, std = _moments(tensor)
+    if m.role != "produced":
+        std = std if math.isfinite(std) else 0.0
+    elif not (math.isfinite(std) and std > 0):
+        std = (tensor.numel() / tensor.shape[m.dim]) ** -0.5
+    mean = 0.0 if m.role == "produced" else mean
     generator = torch.Generator().manual_seed(m.seed ^ zlib.crc32(label.encode()))
     shape = [m.new_entries.numel() if d == m.dim else n for d, n in enumerate(out.shape)]
     new = [(start, length) for start, source, length in m.segments if source < 0]
@@ -131,6 +130,20 @@ def _fill_normal_(out: Tensor, tensor: Tensor, label: str, m: AxisMap) -> None:
     noise = torch.empty([*shape, 2] if out.is_complex() else shape, dtype=torch.float32)
     noise.normal_(mean, std, generator=generator)
     write_new_(out, m, (torch.view_as_complex(noise) if out.is_complex() else noise).to(out.device))
+
+
+def _moments(tensor: Tensor) -> tuple[float, float]:
+    """Return mean and standard deviation; from two sums, several times faster than torch.std, where digits allow."""
+    observed = torch.view_as_real(tensor) if tensor.is_complex() else _wide(tensor)
+    count = observed.numel()
+    if count < 2:
+        return float(observed.sum()), 0.0
+    mean = float(observed.mean())
+    square = float(torch.linalg.vector_norm(observed)) ** 2 / count
+    variance = square - mean**2
+    if variance < 0.01 * square:
+        return mean, float(observed.std())
+    return mean, math.sqrt(variance * count / (count - 1))
 
 
 def _put_values_(out: Tensor, m: AxisMap, values: Tensor, source: Tensor, others: tuple[AxisMap, ...]) -> None:

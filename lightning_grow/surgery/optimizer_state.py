@@ -97,7 +97,7 @@ class OptimizerMemory:
             content = slot.container[slot.key]
             try:
                 state = _Follow(plan, new_state, self._kinds).content(content, slot.name)
-            except _Opaque as reason:
+            except _OpaqueError as reason:
                 self._resets.setdefault(str(reason), []).append(plan.name)
                 state = self._fresh(content, plan, parameter)
             changes.append((slot.container, slot.key, state))
@@ -110,10 +110,11 @@ class OptimizerMemory:
         """
         if not {id(p) for p in self._parameters} & {id(p) for p in changed}:
             return []
-        changes: list[tuple[Any, Any, Any]] = []
-        for nested in nested_optimizers(self._optimizer):
-            if "_numel_cache" in getattr(nested, "__dict__", {}):
-                changes.append((nested.__dict__, "_numel_cache", None))
+        changes: list[tuple[Any, Any, Any]] = [
+            (nested.__dict__, "_numel_cache", None)
+            for nested in nested_optimizers(self._optimizer)
+            if "_numel_cache" in getattr(nested, "__dict__", {})
+        ]
         for container, key, name in self._flat:
             self._resets.setdefault(f"'{name}' covers all parameters at once", []).append("all parameters")
             changes.append((container, key, type(container[key])()))
@@ -162,17 +163,17 @@ class OptimizerMemory:
             return plan.value.clone()
         twin = nn.Parameter(plan.value.detach().clone(), requires_grad=parameter.requires_grad)
         known = inspect.signature(type(self._optimizer)).parameters
-        options = next((g for g in self._optimizer.param_groups if any(p is parameter for p in g["params"])), {})
+        groups = self._optimizer.param_groups
+        options: dict[str, Any] = next((g for g in groups if any(p is parameter for p in g["params"])), {})
+        options = {k: v for k, v in options.items() if k in known and k != "params"}
         try:
-            optimizer = type(self._optimizer)(
-                [twin], **{k: v for k, v in options.items() if k in known and k != "params"}
-            )
-            return type(content)(optimizer.state.get(twin, {}))
-        except Exception:  # An optimizer with another constructor: nearly all fill their state in the first step.
-            return type(content)()
+            state = type(self._optimizer)([twin], **options).state.get(twin, {})
+        except Exception:  # noqa: BLE001 (another constructor; nearly all optimizers fill their state in the first step)
+            state = {}
+        return _like(content, state)
 
 
-class _Opaque(Exception):
+class _OpaqueError(Exception):
     """State that does not follow an edit; the message completes 'starts afresh, since ...'."""
 
 
@@ -199,7 +200,7 @@ class _Follow:
         ):
             return content
         if any(True for value in getattr(content, "__dict__", {}).values() for _ in _tensors(value, name)):
-            raise _Opaque(f"'{name}' is a {type(content).__name__} with tensors of unknown meaning")
+            raise _OpaqueError(f"'{name}' is a {type(content).__name__} with tensors of unknown meaning")
         return content
 
     def _tensor(self, state: Tensor, name: str) -> Tensor:
@@ -207,38 +208,34 @@ class _Follow:
         if state.ndim == 0 or name == "step" or (state.numel() <= 1 and state.shape != old_shape):
             return state
         described = f"'{name}' of shape {tuple(state.shape)} and type {state.dtype} does not follow its parameter"
-        if (
-            state.layout != torch.strided
-            or state.is_quantized
-            or state.element_size() == 1
-            and state.dtype != torch.bool
-        ):
-            raise _Opaque(described)
+        is_code = state.is_quantized or (state.element_size() == 1 and state.dtype != torch.bool)
+        if is_code or state.layout != torch.strided:
+            raise _OpaqueError(described)
         kind = self._kinds.get(name, named_kind("", name) or SQUARE)
         if state.shape != old_shape and state.ndim == 1 and state.numel() == old_shape.numel():
             return self._shaped(state.reshape(old_shape), kind, tuple(range(len(old_shape)))).reshape(-1)
         dims = _parameter_dims(state.shape, old_shape, {m.dim for m in self._plan.maps}, name)
         if dims is None:
-            raise _Opaque(described)
+            raise _OpaqueError(described)
         return self._shaped(state, kind, dims)
 
     def _shaped(self, state: Tensor, kind: Kind, dims: tuple[int | None, ...]) -> Tensor:
         """Return state whose dimensions are dimensions of the parameter (None: of their own, or averaged away)."""
         maps = tuple(replace(m, dim=dims.index(m.dim)) for m in self._plan.maps if m.dim in dims)
-        out = gather(state, maps)
+        is_mean = kind.new == "always mean" or (kind.new == "mean" and self._new_state == "mean")
+        is_mean = is_mean and (state.is_floating_point() or state.is_complex())
+        out = gather(state, maps, zero_new=not is_mean)
         if kind.new == "weight":
-            return self._weight_copy(state, out, maps)
+            return self._weight_copy(out, maps)
         for m in maps:
-            if not m.has_new:
-                continue
-            if kind.new == "always mean" or (kind.new == "mean" and self._new_state == "mean"):
+            if m.has_new and is_mean:
                 fill_mean_(out, m, state)
         for m in maps:
             if m.share is not None and m.role != "consumed" and kind.power:
                 scale_(out, m, m.share**kind.power)
         return out
 
-    def _weight_copy(self, state: Tensor, out: Tensor, maps: tuple[AxisMap, ...]) -> Tensor:
+    def _weight_copy(self, out: Tensor, maps: tuple[AxisMap, ...]) -> Tensor:
         for m in maps:
             if m.share is not None and m.role == "consumed":
                 scale_(out, m, m.share)

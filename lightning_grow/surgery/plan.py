@@ -158,11 +158,16 @@ def value_source(layout: Layout, sizes: Mapping[str, int], edits: Mapping[str, E
     return torch.where(others >= 0, rank[others.clamp(min=0)], -1), int(own_new.sum())
 
 
-def gather(tensor: Tensor, maps: tuple[AxisMap, ...]) -> Tensor:
-    """Return ``tensor`` gathered along the mapped axes; new entries are zero. The result shares no memory.
+def gather(tensor: Tensor, maps: tuple[AxisMap, ...], zero_new: bool = True) -> Tensor:
+    """Return ``tensor`` gathered along the mapped axes. The result shares no memory.
 
     Few contiguous pieces (units appended, a run removed) are copied piece by piece into one new tensor, which is
     several times faster than an index; scattered pieces go through an index.
+
+    Args:
+        tensor: Any dtype and device.
+        maps: Its edited axes.
+        zero_new: Whether new entries are zero; otherwise they are not written, for a caller that fills all of them.
     """
     if not maps:
         return tensor.clone(memory_format=torch.preserve_format)
@@ -179,21 +184,21 @@ def gather(tensor: Tensor, maps: tuple[AxisMap, ...]) -> Tensor:
     for m in pending:
         shape[m.dim] = m.index.numel()
     out = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format)
-    _copy_segments(out, tensor, tuple(pending))
+    _copy_segments(out, tensor, tuple(pending), zero_new)
     return out
 
 
-def _copy_segments(out: Tensor, tensor: Tensor, maps: tuple[AxisMap, ...]) -> None:
+def _copy_segments(out: Tensor, tensor: Tensor, maps: tuple[AxisMap, ...], zero_new: bool) -> None:
     if not maps:
         out.copy_(tensor)
         return
     m, rest = maps[0], maps[1:]
     for start, source, length in m.segments:
         piece = out.narrow(m.dim, start, length)
-        if source < 0:
+        if source >= 0:
+            _copy_segments(piece, tensor.narrow(m.dim, source, length), rest, zero_new)
+        elif zero_new:
             piece.zero_()
-        else:
-            _copy_segments(piece, tensor.narrow(m.dim, source, length), rest)
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:

@@ -93,8 +93,7 @@ def observed_kind(key: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Kind:
     """
     dot = state_square = weight_square = 0.0
     lowest = highest = 0.0
-    for state, parameter in pairs:
-        state, parameter = (_sample(t) for t in (state, parameter))
+    for state, parameter in ((_sample(s), _sample(p)) for s, p in pairs):
         dot += float(state @ parameter)
         state_square += float(state @ state)
         weight_square += float(parameter @ parameter)

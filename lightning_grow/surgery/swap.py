@@ -1,4 +1,9 @@
-"""Exchange tensors, attributes and optimizer state under a model's feet, and take all of it back on any failure."""
+"""Exchange tensors, attributes and optimizer state under a model's feet, and take all of it back on any failure.
+
+The only file of the package that touches what torch keeps private about tensors and modules.
+"""
+
+# ruff: noqa: SLF001
 
 from __future__ import annotations
 
@@ -10,10 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_grow.structure.errors import StructureError
 
@@ -29,9 +32,9 @@ def check_swappable(name: str, tensor: Tensor) -> None:
         StructureError: If the tensor is not materialised, sharded, sparse or quantized, has hooks, or is part of a
             live autograd graph.
     """
-    if isinstance(tensor, UninitializedTensorMixin):
+    if nn.parameter.is_lazy(tensor):
         raise StructureError(f"'{name}' has no shape yet (a lazy module): run one batch through the model first.")
-    if hasattr(tensor, "device_mesh") or is_traceable_wrapper_subclass(tensor):
+    if hasattr(tensor, "device_mesh") or hasattr(tensor, "__tensor_flatten__"):
         raise StructureError(
             f"'{name}' is a {type(tensor).__name__}: sharded and wrapped tensors cannot be resized. Edit the model "
             "before it is sharded or quantized."
@@ -95,7 +98,7 @@ class Commit:
         self._modules = [
             module
             for module in model.modules()
-            if any(id(t) in changed for t in (*module._parameters.values(), *module._buffers.values()))
+            if any(id(t) in changed for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
         ]
         self._undo: list[Callable[[], None]] = []
 
@@ -126,10 +129,10 @@ class Commit:
             old.data = value
             self._undo.append(lambda: setattr(old, "data", before))
             return
-        partner = torch.Tensor._make_subclass(type(old), value, old.requires_grad)  # type: ignore[attr-defined]
+        partner = torch.Tensor._make_subclass(type(old), value, old.requires_grad)
         partner.__dict__.update(old.__dict__)
-        torch.utils.swap_tensors(old, partner)
-        self._undo.append(lambda: torch.utils.swap_tensors(old, partner))
+        _exchange(old, partner)
+        self._undo.append(lambda: _exchange(old, partner))
 
     def attribute(self, module: nn.Module, name: str, value: object) -> None:
         """Set an attribute of a module."""
@@ -151,6 +154,10 @@ class Commit:
     def _renew_caches(self) -> None:
         for module in self._modules:
             _renew_caches(module)
+
+
+def _exchange(first: Tensor, second: Tensor) -> None:
+    torch.utils.swap_tensors(first, second)  # type: ignore[no-untyped-call]
 
 
 def _suspend_caches(module: nn.Module) -> None:
