@@ -207,7 +207,7 @@ class Observer:
         return left == right or self._hint(left) == self._hint(right)
 
     def _hint(self, expr: Expr) -> int:
-        return int(sympy.Integer(_evaluate(expr, self.trace.hints)))
+        return int(sympy.Integer(evaluate(expr, self.trace.hints)))
 
     def _cat(self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], out: Tensor) -> None:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
@@ -291,7 +291,7 @@ class Observer:
             self.trace.mixing.append((self.dims(x)[dim], f"{reason} ({self.where})"))
 
     def _contracted_dim(self, name: str, args: tuple[Any, ...], tensor: Tensor) -> int | None:
-        """Return which dimension of ``tensor`` a contraction sums over; None if the operator is no contraction of it."""
+        """Return which dimension of ``tensor`` a contraction sums over; None if the operator is none."""
         operands = {"mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "addmv": (1, 2)}.get(
             name
         )
@@ -312,5 +312,6 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _evaluate(expr: Expr, hints: Mapping[Expr, int]) -> Expr:
+def evaluate(expr: Expr, hints: Mapping[Expr, int]) -> Expr:
+    """Return an expression with numbers in the place of its symbols."""
     return expr.xreplace({s: sympy.Integer(hints[s]) for s in expr.free_symbols}) if expr.free_symbols else expr

@@ -11,18 +11,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_grow.structure.axes import Attribute
-from lightning_grow.structure.observe import INPUT, Bound, Expr, Observer, Trace
+from lightning_grow.structure.observe import INPUT, Bound, Expr, Observer, Trace, evaluate
+from lightning_grow.structure.probe import probe
 from lightning_grow.structure.sandbox import set_size, swap_in, tensors_in, unchanged
 from lightning_grow.structure.twins import PlainTwins
 
@@ -31,19 +38,52 @@ Source = tuple[str, int, int] | int
 
 
 class UntraceableError(RuntimeError):
-    """The model's own code failed on fake tensors, in the module ``path``."""
+    """The model's own code failed on fake tensors, in the module ``path``; perhaps because it reads their values."""
 
-    def __init__(self, path: str, error: Exception) -> None:
+    def __init__(self, path: str, error: Exception, reads_values: bool) -> None:
         super().__init__(f"{type(error).__name__}: {error}")
         self.path = path
+        self.reads_values = reads_values
+
+
+class _Specialised(Exception):  # noqa: N818
+    """A kernel asked for a plain number while it was tried whether it can do without."""
 
 
 class _Env(ShapeEnv):
-    """A shape environment that is linear in depth, and remembers where a symbol became a constant."""
+    """A shape environment that is linear in depth, and remembers where a symbol became a constant.
 
-    def __init__(self, on_constant: Callable[[Expr], None]) -> None:
-        self._on_constant = on_constant
+    Attributes:
+        strict: Raise instead of letting a symbol become a constant.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self.strict = False
         super().__init__(duck_shape=False)
+
+    # What a `probe` needs to know of sizes.
+
+    def expr(self, size: Any) -> Expr:
+        """Return the expression of a size, with known equalities used."""
+        return self.replace(_expr(size))
+
+    def hint(self, expr: Expr, changed: Mapping[Expr, int]) -> int:
+        """Return the number that an expression has now, with some symbols changed."""
+        return int(evaluate(expr, {**self._observer.trace.hints, **changed}))
+
+    @staticmethod
+    def outside() -> Any:
+        """Return a context in which tensors are ordinary ones."""
+        return unset_fake_temporarily()
+
+    def symbolic(self, terms: Mapping[Expr, Fraction], constant: Fraction) -> Any:
+        """Return ``sum(c*s) + constant`` as a size."""
+        bottom = math.lcm(constant.denominator, *(c.denominator for c in terms.values()))
+        total: Any = int(constant * bottom)
+        for symbol, c in terms.items():
+            total += int(c * bottom) * self.create_symintnode(symbol, hint=self.hint(symbol, {}))
+        return total // bottom if bottom > 1 else total
 
     # Re-simplifying every floor division at each new fact makes tracing quadratic in depth, and finds nothing more.
     @property
@@ -56,7 +96,9 @@ class _Env(ShapeEnv):
 
     def _set_replacement(self, a: Expr, tgt: Expr, msg: str) -> None:
         if not tgt.free_symbols:
-            self._on_constant(a)
+            if self.strict:
+                raise _Specialised
+            self._observer.on_constant(a)
         super()._set_replacement(a, tgt, msg)
 
 
@@ -67,9 +109,16 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
     sizes into concrete ones.
     """
 
-    def __init__(self, env: ShapeEnv, observe: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]) -> None:
+    def __init__(
+        self,
+        env: _Env,
+        observe: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None],
+        replay: Sequence[Any] | None,
+    ) -> None:
         super().__init__(shape_env=env, allow_non_fake_inputs=True)
-        self._observe = observe
+        self.env = env
+        self.observe = observe
+        self._replay = None if replay is None else iter(replay)
         self._depth = 0
         self.operator = ""
 
@@ -77,6 +126,8 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
         if func.namespace == "prim":
             return super().dispatch(func, types, args, kwargs)
         outermost = self._depth == 0
+        if outermost and self._replay is not None and func.__name__.split(".")[0] in _READS_VALUES:
+            return self._replayed()
         if outermost:
             self.operator = func.__name__.split(".")[0]
         self._depth += 1
@@ -85,8 +136,105 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
         finally:
             self._depth -= 1
         if outermost and out is not NotImplemented:
-            self._observe(func, args, kwargs or {}, out)
+            self.observe(func, args, kwargs or {}, out)
         return out
+
+    def _replayed(self) -> Any:
+        """Return what the operator returned when the model ran on data: a number, or sizes that depended on data."""
+        value = next(self._replay or iter(()))
+        return pytree.tree_map_only(_Made, lambda m: torch.empty(m.shape, dtype=m.dtype, device=m.device), value)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Shape, type and device of a result."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+_READS_VALUES = {
+    "_local_scalar_dense",
+    "equal",
+    "is_nonzero",
+    "nonzero",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "masked_select",
+    "repeat_interleave",
+    "bincount",
+}
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down what operators that read values return while a model runs on data."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.values: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.__name__.split(".")[0] in _READS_VALUES:
+            made = pytree.tree_map_only(Tensor, lambda t: _Made(tuple(t.shape), t.dtype, t.device), out)
+            self.values.append(made)
+        return out
+
+
+def record(model: nn.Module, call: Callable[[], Any]) -> list[Any]:
+    """Run the model on data, in the mode that it is in, and return what it reads from tensors, in order.
+
+    Raises:
+        Exception: Whatever the model raises. The model is unchanged then, too.
+    """
+    recorder = _Recorder()
+    with unchanged(model), _plain_kernels(), torch.no_grad(), recorder:
+        call()
+    return recorder.values
+
+
+_SAME_MEMORY = {
+    "view",
+    "view_as",
+    "expand",
+    "expand_as",
+    "narrow",
+    "select",
+    "squeeze",
+    "unsqueeze",
+    "as_strided",
+    "size",
+}
+
+
+class _Probing(TorchFunctionMode):
+    """Lets a function that insists on plain numbers, or has no fake, show what it does to sizes."""
+
+    def __init__(self, mode: _Mode) -> None:
+        super().__init__()
+        self._mode = mode
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        env = self._mode.env
+        name = getattr(func, "__name__", "")
+        if env.strict or name.endswith("_") or name in _SAME_MEMORY:
+            return func(*args, **kwargs)
+        env.strict = True
+        try:
+            return func(*args, **kwargs)
+        except Exception:  # the engine wraps what is raised inside it
+            env.strict = False
+            found = probe(func, args, kwargs, env)
+        finally:
+            env.strict = False
+        if found is None:
+            return func(*args, **kwargs)
+        self._mode.operator = name
+        self._mode.observe(func, args, kwargs, found)
+        return found
 
 
 def _expr(size: Any) -> Expr:
@@ -100,6 +248,7 @@ def run(
     bound: Mapping[Bound, Source],
     pretended: Mapping[tuple[str, int], int],
     inputs: Sequence[Tensor] = (),
+    replay: Sequence[Any] | None = None,
 ) -> Trace:
     """Run ``call`` once with symbolic sizes and return what was seen.
 
@@ -113,13 +262,15 @@ def run(
             be told from an axis that broadcasts, a width of more can.
         inputs: Tensors that the call closes over: fixed sizes, and known as the model's input.
 
+        replay: What the model reads from tensors, as `record` returned it; None if it is not to read any.
+
     Raises:
         UntraceableError: If the model raises. The model is unchanged then, too.
     """
     observer = Observer(_expr)
     trace = observer.trace
-    env = observer.env = _Env(observer.on_constant)
-    mode = _Mode(env, observer.observe)
+    env = observer.env = _Env(observer)
+    mode = _Mode(env, observer.observe, replay)
     observer.operator = lambda: mode.operator
     named = {n: _pretend(n, t, pretended) for n, t in [*model.named_parameters(), *model.named_buffers()]}
     fakes = {name: _symbolic(mode, name, tensor, static(name, tensor)) for name, tensor in named.items()}
@@ -136,6 +287,8 @@ def run(
         _bind(model, mode, fakes, bound, trace)
         stack.enter_context(_watched(model, observer))
         stack.enter_context(_plain_kernels())
+        stack.enter_context(_Probing(mode))
+        stack.enter_context(PlainTwins())
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
         for tensor in inputs:
@@ -143,7 +296,8 @@ def run(
         try:
             outputs = call()
         except Exception as error:  # the model's own code: anything can happen
-            raise UntraceableError(observer.modules[-1][0] if observer.modules else "", error) from error
+            reads = any(word in type(error).__name__ for word in ("DataDependent", "DynamicOutputShape"))
+            raise UntraceableError(observer.modules[-1][0] if observer.modules else "", error, reads) from error
         trace.outputs |= {d for t in tensors_in(outputs) for d in observer.dims(t)}
     observer.facts()
     return trace
@@ -215,11 +369,15 @@ def _plain_kernels() -> Iterator[None]:
     """Let attention, encoder and recurrent layers run as the operators that they are made of."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    engine = logging.getLogger("torch._subclasses.fake_tensor")  # logs what the caller gets as an exception
-    silent, engine.disabled = engine.disabled, True
+    # These log what the caller gets as an exception.
+    names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+    loggers = {log: log.disabled for log in map(logging.getLogger, names)}
+    for log in loggers:
+        log.disabled = True
     try:
-        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]), PlainTwins():
+        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
             yield
     finally:
-        engine.disabled = silent
+        for log, disabled in loggers.items():
+            log.disabled = disabled
         torch.backends.mha.set_fastpath_enabled(fast)

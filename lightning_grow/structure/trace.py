@@ -23,7 +23,7 @@ from lightning_grow.structure.observe import Bound, Trace
 from lightning_grow.structure.resolve import Resolver
 from lightning_grow.structure.solve import Solution
 from lightning_grow.structure.stacks import find_stacks
-from lightning_grow.structure.symbolic import Source, UntraceableError, run
+from lightning_grow.structure.symbolic import Source, UntraceableError, record, run
 from lightning_grow.structure.verify import Trials, UnrunnableError, choose_layouts, judge
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ class _Tracer:
         self.canonical = {id(t): n for n, t in reversed(self.named.items())}
         self.modules = dict(model.named_modules())
         self.narrow: dict[tuple[str, int], int] = {}
+        self.replay: list[Any] | None = None
 
     def structure(self) -> Structure:
         bound = self._kept_by_torch() | self._own_sizes()
@@ -145,7 +146,23 @@ class _Tracer:
 
     def _run(self, bound: Mapping[Bound, Source], narrow: Mapping[tuple[str, int], int]) -> Trace:
         tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
-        return run(self.model, lambda: self.call(*self.args, **self.kwargs), self._static, bound, narrow, tensors)
+
+        def call() -> Any:
+            return self.call(*self.args, **self.kwargs)
+
+        def attempt() -> Trace:
+            return run(self.model, call, self._static, bound, narrow, tensors, self.replay)
+
+        try:
+            return attempt()
+        except UntraceableError as error:
+            if self.replay is not None or not error.reads_values:
+                raise
+            try:
+                self.replay = record(self.model, call)
+            except Exception as failure:  # the model's own code: anything can happen
+                raise error from failure
+            return attempt()
 
     def _static(self, name: str, tensor: Tensor) -> Sequence[int]:
         if not tensor.is_floating_point() and not tensor.is_complex():
