@@ -146,6 +146,12 @@ class Commit:
         container[key] = value
         self._undo.append(lambda: container.__setitem__(key, before))
 
+    def contents(self, container: Any, contents: Any) -> None:
+        """Replace all that a mapping or list holds; it stays the same object."""
+        before = container.copy()
+        self._undo.append(lambda: _refill(container, before))
+        _refill(container, contents)
+
     def _roll_back(self) -> None:
         for undo in reversed(self._undo):
             undo()
@@ -156,8 +162,19 @@ class Commit:
             _renew_caches(module)
 
 
+def _refill(container: Any, contents: Any) -> None:
+    container.clear()
+    container.extend(contents) if isinstance(container, list) else container.update(contents)
+
+
 def _exchange(first: Tensor, second: Tensor) -> None:
     torch.utils.swap_tensors(first, second)  # type: ignore[no-untyped-call]
+    for tensor in (first, second):
+        # What is left of removed hooks belongs to the content that went: later hooks would never be called.
+        if not tensor._backward_hooks:
+            tensor._backward_hooks = None
+        if not getattr(tensor, "_post_accumulate_grad_hooks", None):
+            tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
 
 
 def _suspend_caches(module: nn.Module) -> None:
