@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ def trace_module(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, ba
     reasons = []
     for name, attempt in attempts:
         for mode in ("train", "eval"):
-            with quiet_copy(trainer, module) as probe, torch.compiler.set_stance("force_eager"):
+            with quiet_copy(trainer, module) as probe, _run_eagerly():
                 if mode == "eval":
                     probe.eval()
                 try:
@@ -79,7 +80,7 @@ def step_outputs(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, ba
         probe.eval()
         for inner in (probe, *probe.children()):
             inner.register_forward_hook(remember)
-        with torch.compiler.set_stance("force_eager"), trainer.precision_plugin.train_step_context():
+        with _run_eagerly(), trainer.precision_plugin.train_step_context():
             returned = probe.training_step(*_step_arguments(module, batch, batch_idx))
     return [t.detach().to("cpu", torch.float64) for t in _tensors([returned, seen.get(True, seen.get(False))])]
 
@@ -114,6 +115,14 @@ def quiet_copy(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[pl.L
         yield probe
     finally:
         probe.trainer = None
+
+
+@contextlib.contextmanager
+def _run_eagerly() -> Iterator[None]:
+    """Run what is compiled as if it were not; hooks that look on see the same modules."""
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.filterwarnings("ignore", message=".*when there are global hooks on modules.*")
+        yield
 
 
 def _quiet_methods(trainer: pl.Trainer) -> dict[str, Callable[..., Any]]:

@@ -249,8 +249,6 @@ class StructuralCallback(pl.Callback, ABC):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Open the window, wait for it to fill, or let the event happen: an optimizer step has just been done."""
-        if self._window is not None and self._window.is_stale(self._run.record):
-            self._close_window()
         if self._window is None and self._open_window(pl_module):
             return
         if self._window is not None and self._window.batches < self.window_batches:
@@ -280,6 +278,8 @@ class StructuralCallback(pl.Callback, ABC):
         if not changes:
             self._say_nothing_to_do(proposals)
             return
+        for other in structural_callbacks(trainer):
+            other.interrupt()
         before = step_outputs(trainer, pl_module, batch, batch_idx) if self.verify else None
         with editing(trainer) as module:
             twins = copies_of(pl_module, trainer)
@@ -422,11 +422,15 @@ class StructuralCallback(pl.Callback, ABC):
         statistics = self.statistics(structure, groups)
         if not statistics:
             return False
-        self._window = Window(dict(statistics), len(self._run.record))
+        self._window = Window(dict(statistics))
         if saved is not None:
             self._window.load_state_dict(saved, pl_module.device)
         self._window.attach(pl_module)
         return True
+
+    def interrupt(self) -> None:
+        """Stop observing, because the model is about to change; the window begins again afterwards."""
+        self._close_window()
 
     def _close_window(self) -> Window | None:
         window, self._window = self._window, None
@@ -461,3 +465,9 @@ class StructuralCallback(pl.Callback, ABC):
             self._said_full = True
             limits = ", ".join(f"{n}={limit:,}" for n, limit in vars(self.budget).items() if limit is not None)
             rank_zero_only(log.info)("%s: the budget is reached (%s)", type(self).__name__, limits)
+
+
+def structural_callbacks(trainer: pl.Trainer) -> list[StructuralCallback]:
+    """Return the structural callbacks of a trainer, in the order in which they take turns."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, StructuralCallback)]

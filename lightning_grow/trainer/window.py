@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from lightning_grow.criteria.statistics import Statistic
-from lightning_grow.trainer.record import Record
 
 
 class Window:
@@ -18,17 +17,11 @@ class Window:
 
     Args:
         statistics: What observes, by name.
-        events: Events in the record when the window opened: after another event the sums have wrong shapes.
     """
 
-    def __init__(self, statistics: Mapping[str, Statistic], events: int) -> None:
+    def __init__(self, statistics: Mapping[str, Statistic]) -> None:
         self.statistics = statistics
         self.batches = 0
-        self._events = events
-
-    def is_stale(self, record: Record) -> bool:
-        """Return whether the model has changed since the window opened."""
-        return len(record) != self._events
 
     def attach(self, module: nn.Module) -> None:
         """Begin to observe."""
@@ -49,10 +42,10 @@ class Window:
     def state_dict(self) -> dict[str, Any]:
         """Return the sums so far, of this rank."""
         sums = {name: statistic.state_dict() for name, statistic in self.statistics.items()}
-        return {"batches": self.batches, "events": self._events, "sums": sums}
+        return {"batches": self.batches, "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on from saved sums."""
-        self.batches, self._events = state["batches"], state["events"]
+        self.batches = state["batches"]
         for name, sums in state["sums"].items():
             self.statistics[name].load_state_dict(sums, device)
