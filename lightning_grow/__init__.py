@@ -1,7 +1,29 @@
-"""PyTorch Lightning networks that change their own architecture while they train."""
+"""PyTorch Lightning callbacks and optimizers with which a LightningModule finds its own size while it trains."""
 
+from lightning_grow.growth import Net2Net, net2deeper, net2wider
+from lightning_grow.pruning import MagnitudePruning
 from lightning_grow.structure import Axis, AxisGroup, Stack, Structure, StructureError, trace
+from lightning_grow.surgery import Edit, apply_, prune, split, widen
+from lightning_grow.trainer import StructuralCallback, load_from_checkpoint
 
 __version__ = "0.1.0"
 
-__all__ = ["Axis", "AxisGroup", "Stack", "Structure", "StructureError", "trace"]
+__all__ = [
+    "Axis",
+    "AxisGroup",
+    "Edit",
+    "MagnitudePruning",
+    "Net2Net",
+    "Stack",
+    "Structure",
+    "StructureError",
+    "StructuralCallback",
+    "apply_",
+    "load_from_checkpoint",
+    "net2deeper",
+    "net2wider",
+    "prune",
+    "split",
+    "trace",
+    "widen",
+]
