@@ -1,10 +1,7 @@
 """PyTorch Lightning callbacks and optimizers with which a LightningModule finds its own size while it trains."""
 
-from lightning_grow.growth import Net2Net, net2deeper, net2wider
-from lightning_grow.pruning import MagnitudePruning
 from lightning_grow.structure import Axis, AxisGroup, Stack, Structure, StructureError, trace
 from lightning_grow.surgery import Edit, apply_, prune, split, widen
-from lightning_grow.trainer import StructuralCallback, load_from_checkpoint
 
 __version__ = "0.1.0"
 
@@ -12,16 +9,10 @@ __all__ = [
     "Axis",
     "AxisGroup",
     "Edit",
-    "MagnitudePruning",
-    "Net2Net",
     "Stack",
     "Structure",
     "StructureError",
-    "StructuralCallback",
     "apply_",
-    "load_from_checkpoint",
-    "net2deeper",
-    "net2wider",
     "prune",
     "split",
     "trace",
