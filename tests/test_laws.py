@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -50,6 +50,12 @@ def step(entry: Entry, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
     optimizer.zero_grad()
     loss_of(entry, model).backward()
     optimizer.step()
+
+
+def answers(entry: Entry, model: nn.Module) -> list[Tensor]:
+    """Outputs in eval mode; they hold no graph, in the middle of which no edit is allowed."""
+    with torch.no_grad():
+        return entry.outputs(model.eval())
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> Everything:
@@ -139,6 +145,7 @@ def test_an_identity_edit_changes_nothing(name: str) -> None:
 def test_edits_of_different_groups_commute(entry: Entry, data: st.DataObject) -> None:
     """One after the other, in either order, and both at once: the same to the last bit."""
     structure = structure_of(entry)
+    assume(len(structure.groups) > 1)
     names = data.draw(st.permutations(list(structure.groups)))[:2]
     edits = [random_edit(structure[name], data, ("prune", "split", "order")) for name in names]
     results = []
@@ -177,11 +184,10 @@ def test_fifty_random_edits_keep_everything_consistent(entry: Entry, data: st.Da
     for count in range(50):
         group = live(structure, model, data.draw(st.sampled_from(list(structure.groups))))
         edit = random_edit(group, data, ("widen", "split", "order", "prune"))
-        model.eval()
-        before = entry.outputs(model)
+        before = answers(entry, model)
         lg.apply_(model, [edit], optimizers=[optimizer])
         assert_consistent(structure, model, optimizer)
-        after = entry.outputs(model)
+        after = answers(entry, model)
         if group.obstacle is None and set(edit.index) >= set(range(group.size)):
             torch.testing.assert_close(after, before, **EXACT)
         if count % 10 == 9:
@@ -218,7 +224,7 @@ def test_an_edit_that_fails_changes_nothing(entry: Entry, data: st.DataObject) -
     loss_of(entry, model).backward()
     before = everything(model, optimizer)
     edits = [random_edit(group, data, ("widen", "split", "order")) for group in structure.groups.values()]
-    countdown = data.draw(st.integers(1, 8))
+    countdown = data.draw(st.integers(1, 4))
     swap = torch.utils.swap_tensors
     calls = 0
 

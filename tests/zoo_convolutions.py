@@ -193,3 +193,19 @@ def channel_shuffle() -> nn.Module:
         return self.head(torch.relu(self.mix(x)).mean((2, 3)))
 
     return Model(forward, stem=nn.Conv2d(3, 8, 1), mix=nn.Conv2d(8, 5, 1), head=nn.Linear(5, 3))
+
+
+@entry(
+    normal(2, 3, 4, 4),
+    Width("stem.weight[0] stem.bias[0] deep.weight[1] out.weight[1]", 6),
+    Width("deep.weight[0] deep.bias[0] out.weight[1]", 5),
+)
+def feature_pyramid() -> nn.Module:
+    """Padding and interpolation, whose kernels ask for plain sizes."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        stem = torch.relu(self.stem(F.pad(x, (0, 1, 0, 1))))
+        deep = torch.tanh(self.deep(F.avg_pool2d(stem, 2)))
+        return self.out(torch.cat([F.interpolate(deep, scale_factor=2, mode="bilinear"), stem], dim=1)).mean((2, 3))
+
+    return Model(forward, stem=nn.Conv2d(3, 6, 2), deep=nn.Conv2d(6, 5, 1), out=nn.Conv2d(11, 3, 1))

@@ -239,7 +239,8 @@ def masked_weights() -> nn.Module:
 
 @entry(
     normal(6, 5),
-    Width("up[2] middle[1] middle[2] down[1]", 6),
+    Width("up[2] middle[1]", 6),
+    Width("middle[2] down[1]", 6),
     Width("router.weight[0] up[0] middle[0] down[0]", 3, obstacle=True),
 )
 def mixture_of_experts() -> nn.Module:
@@ -355,3 +356,78 @@ def recomputed_segment() -> nn.Module:
 
     inner = nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 6))
     return between(forward, left=6, inner=inner, scale=weight(6), temperature=weight())
+
+
+@entry(normal(6, 5), Width(f"{HIDDEN} head.weight[1]", 8))
+def buffers_written_in_eval_mode() -> nn.Module:
+    """A count of calls and a running mean of the input: looking at the model must not advance them."""
+
+    def centre(self: Any, h: Tensor) -> Tensor:
+        self.calls.add_(1)
+        self.seen.mul_(0.9).add_(h.detach().mean(), alpha=0.1)
+        return torch.relu(h) + self.seen / self.calls
+
+    model = between(centre)
+    model.register_buffer("calls", torch.tensor(0))
+    model.register_buffer("seen", torch.zeros(1))
+    return model
+
+
+@entry(tokens(9, 3, 4), Width("hidden.weight[0] head.weight[1]", 7), pinned="embed.weight[0]")
+def embedding_renormalized_in_place() -> nn.Module:
+    """Each look-up shortens the rows that are too long, in the weight itself."""
+
+    def forward(self: Any, ids: Tensor) -> Tensor:
+        return self.head(torch.relu(self.hidden(self.embed(ids))))
+
+    layers = {"hidden": nn.Linear(6, 7), "head": nn.Linear(7, 3)}
+    return Model(forward, embed=nn.Embedding(9, 6, max_norm=0.5), **layers)
+
+
+@entry(normal(6, 5), Width(f"{HIDDEN} inner.weight[0] inner.weight[1] head.weight[1]", 8))
+def steps_and_branches_by_input() -> nn.Module:
+    """How often a layer runs, and whether, follows from the values of the input."""
+
+    def repeat(self: Any, h: Tensor, x: Tensor) -> Tensor:
+        for _ in range(1 + int((x[:, 0] > 0).any())):
+            h = torch.tanh(self.inner(h))
+        return h * 2 if bool((x < 1e6).all()) else torch.zeros_like(h)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.head(repeat(self, self.hidden(x), x))
+
+    return Model(forward, hidden=nn.Linear(5, 8), inner=nn.Linear(8, 8), head=nn.Linear(8, 3))
+
+
+@entry(normal(6, 5))
+def rounded_weights() -> nn.Module:
+    """Half of a rounded weight is not the rounding of half the weight."""
+
+    class Rounded(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.weight.detach().abs().max() / 7
+            rounded = (self.weight / scale).round() * scale
+            return F.linear(x, self.weight + (rounded - self.weight).detach(), self.bias)
+
+    return nn.Sequential(Rounded(5, 8), nn.ReLU(), Rounded(8, 3))
+
+
+@entry(normal(6, 5), Width("left.weight[0] left.bias[0] right.weight[0] right.bias[0]", 8, obstacle=None))
+def distance_of_two_towers() -> nn.Module:
+    """Units of two branches meet each other, and no weight consumes them."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return (torch.relu(self.left(x)) - torch.relu(self.right(x))).square().sum(-1)
+
+    return Model(forward, left=nn.Linear(5, 8), right=nn.Linear(5, 8))
+
+
+@entry(normal(6, 5))
+def selected_rows() -> nn.Module:
+    """How many rows come out depends on values."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = torch.relu(self.hidden(x))
+        return self.head(h.index_select(0, (x[:, 0] > -9).nonzero().flatten()))
+
+    return Model(forward, hidden=nn.Linear(5, 8), head=nn.Linear(8, 3))

@@ -45,6 +45,27 @@ def gru_of_two_layers_and_directions() -> nn.Module:
 
 
 @entry(
+    normal(4, 2, 5),
+    Width("cell.weight_hh_l0[0] cell.weight_hr_l0[1] cell.weight_ih_l1[0] cell.weight_hr_l1[1]", 7),
+    Width("cell.weight_hh_l0[1] cell.weight_hr_l0[0] cell.weight_ih_l1[1] cell.weight_hr_l1[0] head.weight[1]", 3),
+)
+def lstm_with_projection() -> nn.Module:
+    """What flows back and on is a projection of the hidden units, of a size of its own."""
+    cell = nn.LSTM(5, 7, num_layers=2, proj_size=3)
+    return Model(lambda self, x: self.head(self.cell(x)[0]), cell=cell, head=nn.Linear(3, 2))
+
+
+@entry(normal(2, 4, 5), Width("cell.weight_ih_l0[0] cell.weight_hh_l0[1] head.weight[1]", 6))
+def packed_lstm() -> nn.Module:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 3]), batch_first=True)
+        _, (state, _) = self.cell(packed)
+        return self.head(state[-1])
+
+    return Model(forward, cell=nn.LSTM(5, 6, batch_first=True), head=nn.Linear(6, 3))
+
+
+@entry(
     normal(3, 4, 5),
     Width("encode.weight[0] cell.weight_ih[1]", 7),
     Width("cell.weight_hh[0] cell.weight_hh[1] cell.bias_ih[0] head.weight[1]", 6),
@@ -213,3 +234,40 @@ def gated_ffn() -> nn.Module:
 
     first = {"gate": nn.Linear(5, 10), "up": nn.Linear(5, 10), "down": nn.Linear(10, 8)}
     return Model(forward, **first, both=nn.Linear(8, 12), last=nn.Linear(6, 3))
+
+
+@entry(
+    normal(2, 3, 5),
+    Width("q.weight[0] k.weight[0] v.weight[0] table[1] out.weight[1]", 3),
+    pinned="table[0] out.weight[0]",
+)
+def attention_with_position_bias() -> nn.Module:
+    """One bias for each distance and head, small as it is at the start: no part of the fan-out of a head."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (part(x).view(b, t, -1, 4).transpose(1, 2) for part in (self.q, self.k, self.v))
+        bias = self.table[self.distance.flatten()].view(t, t, -1).permute(2, 0, 1)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
+        return self.out(mixed.transpose(1, 2).reshape(b, t, -1))
+
+    parts = {name: nn.Linear(5, 12) for name in ("q", "k", "v")}
+    model = Model(forward, **parts, table=nn.Parameter(torch.randn(5, 3) * 0.02), out=nn.Linear(12, 3))
+    model.register_buffer("distance", torch.arange(3) - torch.arange(3).unsqueeze(1) + 2)
+    return model
+
+
+@entry(
+    normal(2, 3, 5),
+    Width("embed.weight[0] encoder.norm1.weight[0] head.weight[1]", obstacle=True, symmetric=False),
+    Width("encoder.linear1.weight[0] encoder.linear2.weight[1]", 12),
+)
+def transformer_with_padding() -> nn.Module:
+    """A padding mask makes the fast path of eval mode use nested tensors."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        padding = torch.tensor([[False, False, True], [False, False, False]])
+        return self.head(self.encoder(self.embed(x), src_key_padding_mask=padding)[:, :2])
+
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    return Model(forward, embed=nn.Linear(5, 8), encoder=layer, head=nn.Linear(8, 3))
