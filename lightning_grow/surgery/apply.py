@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_grow.structure.axes import Attribute, Axis, Layout, Units, layout_length, layout_units, tensor_of
+from lightning_grow.structure.axes import Axis, Layout, Units, layout_length, layout_units, tensor_of
 from lightning_grow.structure.errors import StructureError
+from lightning_grow.surgery.attributes import Change, described
 from lightning_grow.surgery.edit import Edit
 from lightning_grow.surgery.fill import edited
 from lightning_grow.surgery.optimizer_state import OptimizerMemory
@@ -86,7 +87,7 @@ class ModelPlan:
     """Everything that edits change in a model: shapes and integers, no new tensor yet."""
 
     tensors: tuple[PlannedTensor, ...]
-    attributes: tuple[tuple[nn.Module, str, object], ...]
+    attributes: tuple[Change, ...]
 
 
 def plan_model(model: nn.Module, edits: Iterable[Edit]) -> ModelPlan:
@@ -120,7 +121,9 @@ def plan_model(model: nn.Module, edits: Iterable[Edit]) -> ModelPlan:
             continue
         planned = tensors.get(id(tensor), PlannedTensor(axis.tensor, tensor, ()))
         tensors[id(tensor)] = replace(planned, maps=tuple(sorted((*planned.maps, m), key=lambda m: m.dim)))
-    return ModelPlan(tuple(tensors.values()), tuple(_attributes(model, by_group, sizes)))
+    attributes = [attribute for edit in by_group.values() for attribute in edit.group.attributes]
+    new_sizes = {**sizes, **{name: edit.new_size for name, edit in by_group.items()}}
+    return ModelPlan(tuple(tensors.values()), tuple(described(model, attributes, sizes, new_sizes)))
 
 
 def _commit(plan: ModelPlan, memories: Sequence[OptimizerMemory], new_state: str, commit: Commit) -> None:
@@ -136,8 +139,8 @@ def _commit(plan: ModelPlan, memories: Sequence[OptimizerMemory], new_state: str
     for memory in memories:
         for container, key, state in memory.shared_by(changed):
             commit.item(container, key, state)
-    for module, name, value_after in plan.attributes:
-        commit.attribute(module, name, value_after)
+    for change in plan.attributes:
+        commit.attribute(*change)
 
 
 def _edits(edits: Iterable[Edit]) -> dict[str, Edit]:
@@ -237,44 +240,3 @@ def _with_values(
             )
         given.append(NewValues(values, source))
     return replace(m, values=tuple(given)) if given else m
-
-
-def _attributes(
-    model: nn.Module, edits: Mapping[str, Edit], sizes: Mapping[str, int]
-) -> Iterable[tuple[nn.Module, str, object]]:
-    """Return module, name and new value of each attribute that changes."""
-    new_sizes = {**sizes, **{name: edit.new_size for name, edit in edits.items()}}
-    found: dict[tuple[str, str], list[Attribute]] = {}
-    for edit in edits.values():
-        for attribute in edit.group.attributes:
-            entries = found.setdefault((attribute.module, attribute.name), [])
-            if attribute not in entries:
-                entries.append(attribute)
-    for (owner, name), attributes in found.items():
-        try:
-            module = model.get_submodule(owner)
-            value = before = getattr(module, name)
-        except AttributeError as error:
-            raise StructureError(f"The model has no attribute '{owner}.{name}' ({error}). Trace it again.") from error
-        for attribute in attributes:
-            value = _resized_attribute(value, attribute, sizes, new_sizes)
-        if value != before:
-            yield module, name, value
-
-
-def _resized_attribute(
-    value: Any, attribute: Attribute, sizes: Mapping[str, int], new_sizes: Mapping[str, int]
-) -> object:
-    old, new = layout_length(attribute.layout, sizes), layout_length(attribute.layout, new_sizes)
-    found = value if attribute.index is None else value[attribute.index]
-    if found != old:
-        place = "" if attribute.index is None else f"[{attribute.index}]"
-        raise StructureError(
-            f"Attribute '{attribute.module}.{attribute.name}{place}' should be {old}, but is {found}. Trace the model "
-            "again."
-        )
-    if attribute.index is None:
-        return new
-    entries = list(value)
-    entries[attribute.index] = new
-    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)

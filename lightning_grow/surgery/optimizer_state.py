@@ -158,19 +158,30 @@ class OptimizerMemory:
         return flat
 
     def _fresh(self, content: Any, plan: TensorPlan, parameter: Tensor) -> Any:
-        """Return the state that the optimizer begins with: empty, or what its constructor fills in."""
+        """Return what the optimizer begins with: empty state, or what its constructor fills in."""
         if not isinstance(content, Mapping):
             return plan.value.clone()
-        twin = nn.Parameter(plan.value.detach().clone(), requires_grad=parameter.requires_grad)
-        known = inspect.signature(type(self._optimizer)).parameters
         groups = self._optimizer.param_groups
-        options: dict[str, Any] = next((g for g in groups if any(p is parameter for p in g["params"])), {})
-        options = {k: v for k, v in options.items() if k in known and k != "params"}
-        try:
-            state = type(self._optimizer)([twin], **options).state.get(twin, {})
-        except Exception:  # noqa: BLE001 (another constructor; nearly all optimizers fill their state in the first step)
-            state = {}
-        return _like(content, state)
+        group: Mapping[str, Any] = next((g for g in groups if any(p is parameter for p in g["params"])), {})
+        return _like(content, initial_state(self._optimizer, plan.value, group))
+
+
+def initial_state(optimizer: Any, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state that a newly built optimizer of this class has for a parameter: empty for most, not for Adagrad.
+
+    Args:
+        optimizer: An optimizer of the class.
+        parameter: The value of the parameter.
+        group: The options of its param group.
+    """
+    twin = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.is_floating_point())
+    known = inspect.signature(type(optimizer)).parameters
+    options = {k: v for k, v in group.items() if k in known and k != "params"}
+    try:
+        state = type(optimizer)([twin], **options).state
+        return dict(state[twin]) if twin in state else {}
+    except Exception:  # noqa: BLE001 (another constructor; nearly all optimizers fill their state in the first step)
+        return {}
 
 
 class _OpaqueError(Exception):

@@ -134,6 +134,12 @@ class Commit:
         _exchange(old, partner)
         self._undo.append(lambda: _exchange(old, partner))
 
+    def values(self, tensor: Tensor, value: Tensor) -> None:
+        """Overwrite the values of a tensor of the same shape, in place."""
+        before = tensor.detach().clone()
+        self._undo.append(lambda: _overwrite(tensor, before))
+        _overwrite(tensor, value)
+
     def attribute(self, module: nn.Module, name: str, value: object) -> None:
         """Set an attribute of a module."""
         before = getattr(module, name)
@@ -162,6 +168,11 @@ class Commit:
             _renew_caches(module)
 
 
+def _overwrite(tensor: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(value)
+
+
 def _refill(container: Any, contents: Any) -> None:
     container.clear()
     container.extend(contents) if isinstance(container, list) else container.update(contents)
@@ -174,7 +185,7 @@ def _exchange(first: Tensor, second: Tensor) -> None:
         if not tensor._backward_hooks:
             tensor._backward_hooks = None
         if not getattr(tensor, "_post_accumulate_grad_hooks", None):
-            tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+            setattr(tensor, "_post_accumulate_grad_hooks", None)  # noqa: B010 (typed as never None)
 
 
 def _suspend_caches(module: nn.Module) -> None:

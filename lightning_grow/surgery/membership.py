@@ -1,0 +1,108 @@
+"""Which param group a parameter belongs to, as blocks come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_grow.surgery.optimizer_state import OptimizerMemory, initial_state
+from lightning_grow.surgery.state_slots import nested_optimizers, state_slots
+from lightning_grow.surgery.swap import Commit
+
+
+class Membership:
+    """The param groups of one optimizer, and of those that it wraps.
+
+    Args:
+        optimizer: Any object with ``param_groups`` and ``state``.
+        model_parameters: The optimizer must hold at least one of these. In the order of the model.
+
+    Raises:
+        TypeError: If the object is no optimizer.
+        ValueError: If the optimizer holds none of the model's parameters.
+    """
+
+    def __init__(self, optimizer: Any, model_parameters: Sequence[Tensor]) -> None:
+        self._memory = OptimizerMemory(optimizer, model_parameters)
+        self._optimizer = optimizer
+        self._order = {id(p): i for i, p in enumerate(model_parameters)}
+
+    def add_(self, commit: Commit, twins: Sequence[tuple[Tensor, Tensor]], model_parameters: Sequence[Tensor]) -> None:
+        """Let new parameters join the groups of their twins.
+
+        A group whose parameters are in the order of the model stays so, as if the optimizer were built anew: saved
+        optimizer states count parameters by their place.
+
+        Args:
+            commit: Where changes are written down.
+            twins: Parameters that the optimizer may hold, and new parameters beside each.
+            model_parameters: All parameters of the model, the new ones included, in its order.
+        """
+        new_order = {id(p): i for i, p in enumerate(model_parameters)}
+        partner = {id(old): new for old, new in twins}
+        for group in self._groups():
+            members: list[Tensor] = group["params"]
+            joining = [partner[id(p)] for p in members if id(p) in partner]
+            if not joining:
+                continue
+            places = [self._order.get(id(p), -1) for p in members]
+            if places == sorted(places) and -1 not in places:
+                ordered = sorted([*members, *joining], key=lambda p: new_order[id(p)])
+            else:
+                last = max(i for i, p in enumerate(members) if id(p) in partner)
+                ordered = [*members[: last + 1], *joining, *members[last + 1 :]]
+            self._fill_parallel_(commit, members, ordered)
+            commit.contents(members, ordered)
+            self._begin_state_(commit, group, joining)
+        self._forget_shared_(commit, [old for old, _ in twins])
+
+    def remove_(self, commit: Commit, gone: Sequence[Tensor]) -> None:
+        """Let parameters leave their groups, with all that is remembered about them; groups may become empty."""
+        ids = {id(p) for p in gone}
+        self._forget_shared_(commit, gone)
+        for group in self._groups():
+            members: list[Tensor] = group["params"]
+            staying = [p for p in members if id(p) not in ids]
+            if len(staying) < len(members):
+                self._fill_parallel_(commit, members, staying)
+                commit.contents(members, staying)
+        containers = {id(s.container): s.container for s in state_slots(self._optimizer) if isinstance(s.key, Tensor)}
+        for container in containers.values():
+            kept = {key: value for key, value in container.items() if id(key) not in ids}
+            if len(kept) < len(container):
+                commit.contents(container, kept)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return all param groups, each list of parameters once."""
+        groups = [group for nested in nested_optimizers(self._optimizer) for group in nested.param_groups]
+        return list({id(group["params"]): group for group in groups}.values())
+
+    def _fill_parallel_(self, commit: Commit, members: Sequence[Tensor], ordered: Sequence[Tensor]) -> None:
+        """Keep lists that have one entry for each parameter beside them; new entries are copies of the parameters."""
+        lists: dict[int, tuple[list[Any], dict[int, Any]]] = {}
+        for slot in state_slots(self._optimizer):
+            if isinstance(slot.container, list):
+                _, entries = lists.setdefault(id(slot.container), (slot.container, {}))
+                entries[id(slot.parameter)] = slot.container[slot.key]
+        staying = {id(p) for p in members}
+        for container, entries in lists.values():
+            if set(entries) == staying:
+                filled = [entries[id(p)] if id(p) in entries else p.detach().clone() for p in ordered]
+                commit.contents(container, filled)
+
+    def _begin_state_(self, commit: Commit, group: dict[str, Any], joining: Sequence[Tensor]) -> None:
+        """Give new parameters the state that the constructor of the optimizer gives; most give none."""
+        for nested in nested_optimizers(self._optimizer):
+            if not any(g["params"] is group["params"] for g in nested.param_groups):
+                continue
+            begun = {p: initial_state(nested, p, group) for p in joining}
+            begun = {p: state for p, state in begun.items() if state}
+            if begun and nested.state is not None:
+                commit.contents(nested.state, {**nested.state, **begun})
+
+    def _forget_shared_(self, commit: Commit, changed: Sequence[Tensor]) -> None:
+        for container, key, state in self._memory.shared_by(changed):
+            commit.item(container, key, state)
+        self._memory.report_resets()
