@@ -59,6 +59,8 @@ def find_stacks(
     for path, children in candidates:
         runs = list(_runs(children, calls))
         for run in runs:
+            if len(run) < 2 and not _is_list(model.get_submodule(path)):
+                continue
             first = f"{path}.{run[0]}".removeprefix(".")
             name = path if len(runs) == 1 and path else first
             stack = _stack(runner, name, path, run, calls, reference)

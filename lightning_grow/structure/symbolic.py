@@ -117,6 +117,7 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__(shape_env=env, allow_non_fake_inputs=True)
         self.env = env
+        self.cache_enabled = False  # symbolic sizes hardly ever repeat: filling the cache takes half the time
         self.observe = observe
         self._replay = None if replay is None else iter(replay)
         self._depth = 0

@@ -29,6 +29,7 @@ from lightning_grow.structure.verify import Trials, UnrunnableError, choose_layo
 log = logging.getLogger(__name__)
 
 _MOST_CHOICES = 64
+_MOST_KINDS = 6
 _PRETENDED = 3
 
 Expr = Any  # a sympy expression; sympy ships no types
@@ -94,10 +95,7 @@ class _Tracer:
 
     def structure(self) -> Structure:
         bound = self._kept_by_torch() | self._own_sizes()
-        proposal = self._propose(bound)
-        freed = self._sizes_that_pin(proposal, bound)
-        if freed:
-            proposal = self._better(proposal, bound, freed)
+        proposal = self._freed(self._propose(bound), bound)
         groups, pinned = self._verified(proposal)
         stacks = find_stacks(self.model, self.call, self.args, self.kwargs)
         return Structure(groups=groups, stacks=stacks, pinned=_in_order(proposal.pinned | pinned, self.named))
@@ -209,28 +207,47 @@ class _Tracer:
                     bound[path, name, index] = value
         return bound
 
-    def _sizes_that_pin(self, proposal: _Proposal, bound: Mapping[Bound, Source]) -> dict[Bound, Source]:
-        """Integers of modules at which (or below which) an axis became fixed, and that it equals."""
-        freed: dict[Bound, Source] = {}
+    def _sizes_that_pin(self, proposal: _Proposal, bound: Mapping[Bound, Source]) -> list[dict[Bound, Source]]:
+        """Return integers of modules that may be why axes are fixed, in the order in which to let them vary.
+
+        First all those that equal a fixed size, where it became fixed or in a module around it; then, one kind after
+        the other, those that divide one (heads, of which a fixed number makes a width).
+        """
+        equal: dict[Bound, Source] = {}
+        dividing: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
         for size, where in proposal.fixed_sizes:
             path = where
             while True:
-                for name, index, value in _integers(self.modules[path]) if path in self.modules else ():
-                    if value == size and (path, name, index) not in bound:
-                        freed[path, name, index] = value
+                module = self.modules[path]
+                for name, index, value in _integers(module):
+                    key = (path, name, index)
+                    if key in bound or size % value:
+                        continue
+                    if value == size:
+                        equal[key] = value
+                    elif path == where:
+                        dividing.setdefault((type(module).__qualname__, name, index), {})[key] = value
                 if not path:
                     break
                 path = path.rpartition(".")[0]
-        return freed
+        return ([equal] if equal else []) + list(dividing.values())[:_MOST_KINDS]
 
-    def _better(self, proposal: _Proposal, bound: dict[Bound, Source], freed: dict[Bound, Source]) -> _Proposal:
-        """Return the proposal with freed sizes if the model still runs and more axes vary."""
-        try:
-            other = _Proposal(self, self._run(bound | freed, self.narrow))
-        except UntraceableError as error:
-            log.debug("sizes kept in Python stay fixed: %s", error)
-            return proposal
-        return other if len(other.pinned) < len(proposal.pinned) else proposal
+    def _freed(self, proposal: _Proposal, bound: dict[Bound, Source]) -> _Proposal:
+        """Return the proposal with sizes kept in Python varying as well, where the model still runs and that helps."""
+        tried: set[Bound] = set()
+        trials = self._sizes_that_pin(proposal, bound)
+        while trials:
+            freed = trials.pop(0)
+            tried |= set(freed)
+            try:
+                other = _Proposal(self, self._run(bound | freed, self.narrow))
+            except UntraceableError as error:
+                log.debug("sizes kept in Python stay fixed: %s", error)
+                continue
+            if len(other.pinned) < len(proposal.pinned):
+                proposal, bound = other, bound | freed
+                trials = [t for t in self._sizes_that_pin(proposal, bound) if not set(t) <= tried]
+        return proposal
 
     # -- verification --------------------------------------------------------------------------------------------
 
