@@ -7,10 +7,12 @@ after ``fit`` stands a report. ``inspect`` and ``plot`` are described by their `
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
+import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,10 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from rich import get_console
 from rich.console import Console
+from rich.highlighter import NullHighlighter
+from rich.logging import RichHandler
 
 import lightning_grow as lg
 from lightning_grow.data import DataFileError
@@ -96,9 +101,10 @@ class GrowCLI(LightningCLI):
         if options.ungrown:
             if self.trainer.is_global_zero:
                 console.print("For comparison: the same seed, trained as long without growing.")
-            twin = UngrownCLI(self.config[self.subcommand], folder)
-            twin.trainer.fit(twin.model, datamodule=twin.datamodule)
-            ungrown = _Result.of(twin, options.test)
+            with _quiet("lightning.pytorch", "lightning.fabric"):
+                twin = UngrownCLI(self.config[self.subcommand], folder)
+                twin.trainer.fit(twin.model, datamodule=twin.datamodule)
+                ungrown = _Result.of(twin, options.test)
             curve = twin.history.train
             history["curves"].insert(
                 0, {"name": "ungrown", "steps": curve.steps, "values": curve.values, "held_out": False, "faint": True}
@@ -191,6 +197,38 @@ def _print_next_steps(console: Console, cli: GrowCLI, folder: Path | None) -> No
     console.print()
 
 
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Let only warnings of these loggers through."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def _events_on_terminal() -> Iterator[None]:
+    """Show the package's own log above the progress bar, unless the application has set it up."""
+    logger = logging.getLogger("lightning_grow")
+    if logger.handlers or logger.level != logging.NOTSET:
+        yield
+        return
+    handler = RichHandler(
+        console=get_console(), show_time=False, show_level=False, show_path=False, highlighter=NullHighlighter()
+    )
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+
 def _draw(history: dict[str, Any], path: Path, title: str) -> Path:
     picture(history, title).savefig(path, dpi=150)
     return path
@@ -257,8 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # models of the current folder, as with `python script.py`
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _events_on_terminal():
             warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
+            warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # Lightning with newer torch
             warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data of the recipes is in memory
             commands = {"inspect": inspect_command, "plot": plot_command}
             if args[0] in commands:

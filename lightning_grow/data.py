@@ -242,12 +242,19 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             "test": ImageDataset(test_images, test_labels, mean, std),
         }
 
-    def _loader(self, split: str, *, shuffle: bool = False) -> DataLoader[Pair]:
-        return DataLoader(self.splits[split], batch_size=self.batch_size, shuffle=shuffle, collate_fn=_as_fetched)
+    def _loader(self, split: str, *, train: bool = False) -> DataLoader[Pair]:
+        images = self.splits[split]
+        return DataLoader(
+            images,
+            batch_size=self.batch_size,
+            shuffle=train,
+            drop_last=train and len(images) >= self.batch_size,  # a rest of few images misleads batch norm
+            collate_fn=_as_fetched,
+        )
 
     def train_dataloader(self) -> DataLoader[Pair]:
-        """Return shuffled training batches."""
-        return self._loader("train", shuffle=True)
+        """Return shuffled training batches, all of the same size."""
+        return self._loader("train", train=True)
 
     def val_dataloader(self) -> DataLoader[Pair]:
         """Return the images held out from training."""

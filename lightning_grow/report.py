@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lightning_grow.plot import Curve, Snapshot, plot_architecture
 from lightning_grow.trainer.history import HISTORY_FILE
-from lightning_grow.trainer.record import Event, Record
+from lightning_grow.trainer.record import Record
 
 PICTURE_FILE = "architecture.png"
 """Name of the picture in the folder of a run."""
@@ -87,25 +87,22 @@ def events_table(record: Record) -> Table:
         table.add_column(column, justify="right")
     for column in ("what", "where"):
         table.add_column(column, no_wrap=True)
-    for column in ("from", "to", "parameters", "loss before", "after"):
+    for column in ("from", "to", "parameters", "loss before", "loss after"):
         table.add_column(column, justify="right")
-    for event in record.events:
+    for event, following in zip(record.events, [*record.events[1:], None], strict=True):
         table.add_row(
             str(event.step),
             str(event.epoch),
             f"{event.what} ({event.method})",
             event.group,
-            _size(event, event.before),
-            _size(event, event.after),
+            f"{event.before:,}",
+            f"{event.after:,}",
             f"{event.parameters:,}",
             _loss(event.loss_before),
             _loss(event.loss_after),
+            end_section=following is not None and following.step != event.step,
         )
     return table
-
-
-def _size(event: Event, size: int) -> str:
-    return f"{size:,} blocks" if event.is_depth else f"{size:,}"
 
 
 def _loss(value: float | None) -> str:

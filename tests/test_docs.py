@@ -59,7 +59,9 @@ def test_the_api_page_names_nothing_that_is_not_there():
         assert hasattr(importlib.import_module(module), name), path
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.relative_to(ROOT).as_posix()
+)
 def test_the_examples_of_a_page_run(page):
     """The blocks of one page run one after the other, as a reader would paste them."""
     names = {"__name__": "__example__"}

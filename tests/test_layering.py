@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "costs": CORE,
     "optim": (),
     "trainer": (*CORE, "surgery", "criteria", "costs"),
-    **{method: (*CORE, "surgery", "criteria", "costs", "trainer") for method in METHODS},
+    **dict.fromkeys(METHODS, (*CORE, "surgery", "criteria", "costs", "trainer")),
     "testing": (*CORE, "surgery", "criteria", "costs"),
     "data": (),
     "examples": (),
