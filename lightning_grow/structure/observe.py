@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
@@ -171,7 +172,7 @@ class Observer:
         elif weights_only and len(inputs) > 1:
             self._roles_among_weights(name, args, inputs)
         elif len(inputs) > 1 and any(o != INPUT for o in owners):
-            self._roles(name, args, inputs, outputs)
+            self._roles(func, args, inputs, outputs)
         if not owners - {INPUT} or name in _NAMES_OF_MIXING:
             self._mixing(name, args, inputs, outputs)
 
@@ -237,7 +238,9 @@ class Observer:
 
     # -- roles ---------------------------------------------------------------------------------------------------
 
-    def _roles(self, name: str, args: tuple[Any, ...], inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _roles(self, func: Any, args: tuple[Any, ...], inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        name = func.__name__.split(".")[0]
+        entrywise = torch.Tag.pointwise in getattr(func, "tags", ())
         kept = self._free([d for t in outputs for d in self.dims(t)])
         for tensor in inputs:
             if self.owner.get(tensor, INPUT) == INPUT:
@@ -249,7 +252,7 @@ class Observer:
                 symbols = self.env.replace(expr).free_symbols
                 if not symbols:
                     continue
-                if dim == contracted or (contracted is None and not symbols & kept):
+                if dim == contracted or (contracted is None and not symbols & kept and not entrywise):
                     role = "consumed"
                 elif contracted is None and symbols & others and not self._adds(name, args, tensor):
                     role = "carried"

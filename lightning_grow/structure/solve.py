@@ -148,7 +148,8 @@ class Solution:
         if division is not None:
             if not last_resort and not self(division[1]).is_Integer:
                 return False
-            return self._make_divisible(*division) and self._use(self(left), last_resort)
+            exact = self._make_divisible(*division)
+            return exact and self(left) != left and self._use(self(left), last_resort)
         symbols = sorted(left.free_symbols, key=str)
         if not left.is_polynomial(*symbols):
             return False
@@ -236,7 +237,7 @@ class Solution:
         return units
 
     def _fix_all(self, expr: Expr, reason: str) -> None:
-        for symbol in sorted(expr.free_symbols, key=str):
+        for symbol in sorted(expr.free_symbols & self.hints.keys(), key=str):
             self.reasons.setdefault(symbol, reason)
             self._set(symbol, sympy.Integer(self.hints[symbol]))
 

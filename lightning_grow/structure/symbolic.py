@@ -50,6 +50,10 @@ class _Specialised(Exception):  # noqa: N818
     """A kernel asked for a plain number while it was tried whether it can do without."""
 
 
+class _DataDependentSizeError(RuntimeError):
+    """What comes next depends on the values of tensors."""
+
+
 class _Env(ShapeEnv):
     """A shape environment that is linear in depth, and remembers where a symbol became a constant.
 
@@ -127,10 +131,13 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
         if func.namespace == "prim":
             return super().dispatch(func, types, args, kwargs)
         outermost = self._depth == 0
-        if outermost and self._replay is not None and func.__name__.split(".")[0] in _READS_VALUES:
+        name = func.__name__.split(".")[0]
+        if outermost and self._replay is not None and name in _READS_VALUES:
             return self._replayed()
+        if name in _READS_VALUES and name != "_local_scalar_dense":
+            raise _DataDependentSizeError(f"'{name}' returns as much as the values say")
         if outermost:
-            self.operator = func.__name__.split(".")[0]
+            self.operator = name
         self._depth += 1
         try:
             out = super().dispatch(func, types, args, kwargs)
@@ -142,7 +149,9 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
 
     def _replayed(self) -> Any:
         """Return what the operator returned when the model ran on data: a number, or sizes that depended on data."""
-        value = next(self._replay or iter(()))
+        value = next(self._replay or iter(()), None)
+        if value is None:
+            raise _DataDependentSizeError("the model reads other values of tensors than it did on data")
         return pytree.tree_map_only(_Made, lambda m: torch.empty(m.shape, dtype=m.dtype, device=m.device), value)
 
 
