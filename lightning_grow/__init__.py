@@ -1,7 +1,10 @@
 """PyTorch Lightning callbacks and optimizers with which a LightningModule finds its own size while it trains."""
 
+from lightning_grow.growth import Net2Net, net2deeper, net2wider
+from lightning_grow.pruning import MagnitudePruning
 from lightning_grow.structure import Axis, AxisGroup, Stack, Structure, StructureError, trace
-from lightning_grow.surgery import Edit, apply_, prune, split, widen
+from lightning_grow.surgery import Edit, apply_, insert_, prune, remove_, replay_, resize_like_, split, widen
+from lightning_grow.trainer import StructuralCallback, load_from_checkpoint
 
 __version__ = "0.1.0"
 
@@ -9,11 +12,21 @@ __all__ = [
     "Axis",
     "AxisGroup",
     "Edit",
+    "MagnitudePruning",
+    "Net2Net",
     "Stack",
+    "StructuralCallback",
     "Structure",
     "StructureError",
     "apply_",
+    "insert_",
+    "load_from_checkpoint",
+    "net2deeper",
+    "net2wider",
     "prune",
+    "remove_",
+    "replay_",
+    "resize_like_",
     "split",
     "trace",
     "widen",

@@ -230,7 +230,8 @@ class _Tracer:
                 if not path:
                     break
                 path = path.rpartition(".")[0]
-        return ([equal] if equal else []) + list(dividing.values())[:_MOST_KINDS]
+        kinds = sorted(dividing.values(), key=lambda kind: min(v for v in kind.values() if isinstance(v, int)))
+        return ([equal] if equal else []) + kinds[:_MOST_KINDS]
 
     def _freed(self, proposal: _Proposal, bound: dict[Bound, Source]) -> _Proposal:
         """Return the proposal with sizes kept in Python varying as well, where the model still runs and that helps."""
