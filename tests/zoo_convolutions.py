@@ -209,3 +209,18 @@ def feature_pyramid() -> nn.Module:
         return self.out(torch.cat([F.interpolate(deep, scale_factor=2, mode="bilinear"), stem], dim=1)).mean((2, 3))
 
     return Model(forward, stem=nn.Conv2d(3, 6, 2), deep=nn.Conv2d(6, 5, 1), out=nn.Conv2d(11, 3, 1))
+
+
+@entry(
+    normal(3, 3, 5, 5),
+    Width("0.weight[0] 0.bias[0] 3.weight[1]", obstacle=True, symmetric=False),
+    Width("3.weight[0] 3.bias[0] 4.running_mean[0] 4.running_var[0] 8.weight[1]", 5),
+    Width("8.weight[0] 8.bias[0] 10.weight[1]", 7, obstacle=True),
+)
+def norms_without_weights() -> nn.Module:
+    """The only trace of the width is a Python integer, or nothing at all."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8, affine=False), nn.ReLU()),
+        *(nn.Conv2d(8, 5, 3), nn.BatchNorm2d(5, affine=False), nn.ReLU(), nn.Identity()),
+        *(nn.Flatten(), nn.Linear(5, 7), nn.LayerNorm(7, elementwise_affine=False), nn.Linear(7, 3)),
+    )

@@ -1,0 +1,72 @@
+"""Sizes that torch's own modules keep as Python integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from torch import nn
+
+from lightning_grow.structure.modules import bookkeeping
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 6),
+    "bilinear": lambda: nn.Bilinear(4, 5, 6),
+    "conv": lambda: nn.Conv2d(4, 6, 3),
+    "grouped conv": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "depthwise conv": lambda: nn.Conv1d(4, 8, 3, groups=4),
+    "transposed conv": lambda: nn.ConvTranspose3d(4, 6, 3),
+    "grouped transposed conv": lambda: nn.ConvTranspose1d(4, 6, 3, groups=2),
+    "depthwise transposed conv": lambda: nn.ConvTranspose1d(4, 4, 3, groups=4),
+    "batch norm": lambda: nn.BatchNorm2d(6),
+    "batch norm without weight": lambda: nn.BatchNorm2d(6, affine=False),
+    "instance norm without anything": lambda: nn.InstanceNorm1d(6),
+    "layer norm": lambda: nn.LayerNorm((4, 6)),
+    "layer norm without weight": lambda: nn.LayerNorm(6, elementwise_affine=False),
+    "rms norm": lambda: nn.RMSNorm(6),
+    "group norm": lambda: nn.GroupNorm(2, 6),
+    "embedding": lambda: nn.Embedding(9, 6),
+    "bag": lambda: nn.EmbeddingBag(9, 6),
+    "prelu": lambda: nn.PReLU(6),
+    "attention": lambda: nn.MultiheadAttention(6, 2),
+    "attention of three widths": lambda: nn.MultiheadAttention(6, 2, kdim=5, vdim=4),
+    "lstm": lambda: nn.LSTM(4, 6, num_layers=2, bidirectional=True),
+    "lstm with projection": lambda: nn.LSTM(4, 6, proj_size=3),
+    "gru": lambda: nn.GRU(4, 6, bias=False),
+    "rnn": lambda: nn.RNN(4, 6),
+    "lstm cell": lambda: nn.LSTMCell(4, 6),
+    "gru cell": lambda: nn.GRUCell(4, 6),
+    "rnn cell": lambda: nn.RNNCell(4, 6),
+}
+NOT_SIZES = {"num_heads", "num_groups", "num_layers", "padding_idx"}
+
+
+@pytest.mark.parametrize("make", MODULES.values(), ids=list(MODULES))
+def test_every_kept_size_equals_its_axis(make: Callable[[], nn.Module]) -> None:
+    module = make()
+    for kept in bookkeeping(module):
+        owner, _, leaf = kept.parameter.rpartition(".")
+        length = getattr(module.get_submodule(owner), leaf).shape[kept.dim]
+        value = getattr(module, kept.name)
+        value = value if kept.index is None else value[kept.index]
+        assert value * kept.divisor == length * kept.times, kept
+
+
+@pytest.mark.parametrize("make", MODULES.values(), ids=list(MODULES))
+def test_no_size_is_forgotten(make: Callable[[], nn.Module]) -> None:
+    """Any integer above 3 that a module with parameters keeps is a size (kernel extents are at most 3 here)."""
+    module = make()
+    if not any(True for _ in [*module.parameters(), *module.buffers()]):
+        pytest.skip("nothing to resize")
+    known = {kept.name for kept in bookkeeping(module)}
+    found = set()
+    for name, value in vars(module).items():
+        values = value if isinstance(value, tuple) else (value,)
+        if any(type(v) is int and v > 3 for v in values):
+            found.add(name)
+    assert found - NOT_SIZES <= known
+
+
+def test_a_module_of_somebody_else_has_no_entry() -> None:
+    assert bookkeeping(nn.ReLU()) == []
+    assert bookkeeping(nn.Sequential(nn.Linear(2, 3))) == []
