@@ -190,7 +190,13 @@ class Structure:
         return len(self.groups)
 
     def resized(self, sizes: Mapping[str, int]) -> Structure:
-        """Return this structure with other unit counts, as after `apply_`."""
+        """Return this structure with other unit counts, as after `apply_`.
+
+        Raises:
+            StructureError: If there is no group of such a name.
+        """
+        for name in sizes:
+            _ = self[name]  # raises where there is no such group
         groups = {n: dataclasses.replace(self[n], size=sizes.get(n, self[n].size)) for n in self.groups}
         return dataclasses.replace(self, groups=groups)
 

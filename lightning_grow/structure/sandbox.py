@@ -69,3 +69,14 @@ def tensors_in(output: Any, depth: int = 3) -> list[Tensor]:
         elif depth and dataclasses.is_dataclass(leaf):
             found += [t for f in dataclasses.fields(leaf) for t in tensors_in(getattr(leaf, f.name), depth - 1)]
     return found
+
+
+@contextlib.contextmanager
+def plain_layers() -> Iterator[None]:
+    """Let attention and encoder layers run as the operators that they are made of, without fused shortcuts."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -8,7 +8,7 @@ the identity; every one that can have its value back without spoiling that gets 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_grow.structure.axes import Stack
-from lightning_grow.structure.sandbox import tensors_in, unchanged
-from lightning_grow.structure.verify import perturbed
+from lightning_grow.structure.sandbox import plain_layers, swap_in, tensors_in, unchanged
+from lightning_grow.structure.trials import perturbed
 
 Identity = tuple[tuple[str, ...], tuple[str, ...]]
 """Parameters of a block to set to zero, and parameters to set to the identity."""
@@ -36,7 +36,11 @@ class _Call:
 
 
 def find_stacks(
-    model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    written: Collection[str] = (),
 ) -> dict[str, Stack]:
     """Return the runs of like blocks of a model, by name; none if the model cannot be run on real data.
 
@@ -45,12 +49,13 @@ def find_stacks(
         call: Runs it on ``args`` and ``kwargs``.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
+        written: Parameters that the model itself writes to when it runs.
     """
     candidates = list(_candidates(model))
     blocks = {id(block): block for _, children in candidates for block in children.values()}
     if not blocks or any(p.device.type == "meta" for p in model.parameters()):
         return {}
-    runner = _Runner(model, call, args, kwargs)
+    runner = _Runner(model, call, args, kwargs, written)
     try:
         calls, reference = runner.run(blocks)
     except Exception:  # the model's own code; `trace` has said so already
@@ -160,14 +165,22 @@ class _Runner:
     """Runs the model on real data in eval mode, and leaves it as it was."""
 
     def __init__(
-        self, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        model: nn.Module,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        written: Collection[str],
     ) -> None:
         self.model, self.call, self.args, self.kwargs = model, call, args, kwargs
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self.written = {n: t.detach() for n, t in named if n in written or not isinstance(t, nn.Parameter)}
 
     def run(self, blocks: Mapping[int, nn.Module], children: tuple[str, dict[str, nn.Module]] | None = None) -> Any:
         """Return the calls of the blocks by id, and the outputs; with other children of one container if asked."""
         calls: dict[int, _Call] = {}
-        with unchanged(self.model), torch.no_grad():
+        with unchanged(self.model), plain_layers(), torch.no_grad():
+            swap_in(self.model, {name: tensor.clone() for name, tensor in self.written.items()})
             if children is not None:
                 container = self.model.get_submodule(children[0])
                 container._modules.clear()

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_grow.structure.axes import Attribute
 from lightning_grow.structure.observe import INPUT, Bound, Expr, Observer, Trace, evaluate
 from lightning_grow.structure.probe import probe
-from lightning_grow.structure.sandbox import set_size, swap_in, tensors_in, unchanged
+from lightning_grow.structure.sandbox import plain_layers, set_size, swap_in, tensors_in, unchanged
 from lightning_grow.structure.twins import PlainTwins
 
 Source = tuple[str, int, int] | int
@@ -376,18 +376,15 @@ def _bind(
 
 @contextlib.contextmanager
 def _plain_kernels() -> Iterator[None]:
-    """Let attention, encoder and recurrent layers run as the operators that they are made of."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    """Let layers and attention run as the operators that they are made of, and the engine keep silent."""
     # These log what the caller gets as an exception.
     names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
     loggers = {log: log.disabled for log in map(logging.getLogger, names)}
     for log in loggers:
         log.disabled = True
     try:
-        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
+        with plain_layers(), torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
             yield
     finally:
         for log, disabled in loggers.items():
             log.disabled = disabled
-        torch.backends.mha.set_fastpath_enabled(fast)

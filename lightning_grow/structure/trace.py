@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -24,7 +25,8 @@ from lightning_grow.structure.resolve import Resolver
 from lightning_grow.structure.solve import Solution
 from lightning_grow.structure.stacks import find_stacks
 from lightning_grow.structure.symbolic import Source, UntraceableError, record, run
-from lightning_grow.structure.verify import Trials, UnrunnableError, choose_layouts, judge
+from lightning_grow.structure.trials import Trials, UnrunnableError
+from lightning_grow.structure.verify import choose_layouts, judge
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,10 @@ def trace_call(model: nn.Module, call: Callable[..., Any], *args: Any, **kwargs:
     lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise StructureError(f"'{lazy[0]}' is not initialised yet. Run the model once, then trace it.")
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise StructureError(
+            f"{type(model).__name__} is compiled by TorchScript. Trace the Python model before scripting it."
+        )
     if not pytree.tree_leaves((args, kwargs)) and call is model:
         raise StructureError(
             f"Tracing {type(model).__name__} needs example inputs: trace(model, *args, **kwargs), "
@@ -92,12 +98,13 @@ class _Tracer:
         self.modules = dict(model.named_modules())
         self.narrow: dict[tuple[str, int], int] = {}
         self.replay: list[Any] | None = None
+        self.written: set[str] = set()
 
     def structure(self) -> Structure:
         bound = self._kept_by_torch() | self._own_sizes()
         proposal = self._freed(self._propose(bound), bound)
         groups, pinned = self._verified(proposal)
-        stacks = find_stacks(self.model, self.call, self.args, self.kwargs)
+        stacks = find_stacks(self.model, self.call, self.args, self.kwargs, self.written)
         return Structure(groups=groups, stacks=stacks, pinned=_in_order(proposal.pinned | pinned, self.named))
 
     # -- running -------------------------------------------------------------------------------------------------
@@ -115,8 +122,8 @@ class _Tracer:
             except UntraceableError as error:
                 if not narrow:
                     raise StructureError(
-                        f"{type(self.model).__name__} cannot be traced: {error} (in '{error.path}'). Its forward must "
-                        "run on the example inputs without looking at the values of tensors."
+                        f"{type(self.model).__name__} cannot be traced: {error} (in '{error.path or 'forward'}'). Its "
+                        "forward must run on the example inputs without looking at the values of tensors."
                     ) from error
                 here = [key for key in narrow if key[0].rpartition(".")[0] == error.path]
                 drop = [key for key in here if key[1] == 1] or here or list(narrow)
@@ -262,6 +269,7 @@ class _Tracer:
             log.warning("The structure of %s is not verified: %s.", type(self.model).__name__, error)
             return {g.name: g for g in proposal.groups}, {}
         trials.sizes = {g.name: g.size for g in proposal.groups}
+        self.written = trials.written
         chosen, reasons = choose_layouts(trials, proposal.groups, proposal.options)
         judged, more = judge(trials, chosen, proposal.mixing)
         reasons |= more

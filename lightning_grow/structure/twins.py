@@ -39,7 +39,7 @@ def _layer(kind: str, x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[
     else:
         out = _gru_step(gates, h) if kind == "gru" else gates + h
     projection = weights[4 if biased else 2 :]
-    return F.linear(out, projection[0]) if projection else out
+    return F.linear(out, projection[0]) + h if projection else out  # what is projected is the next state
 
 
 def _recurrent(
@@ -87,22 +87,51 @@ def _cell(kind: str, x: Tensor, hx: Any, *weights: Tensor | None) -> Any:
     return _gru_step(gates, states[0]) if kind == "gru" else gates
 
 
+def _pack(x: Tensor, _lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """Stand in for packing: every sequence as long as the longest: ``(steps * batch, ...)`` and ``(steps,)``."""
+    if batch_first:
+        x = x.transpose(0, 1)
+    return x.flatten(0, 1), torch.ones(x.shape[0], dtype=torch.int64)
+
+
+def _unpack(data: Tensor, batch_sizes: Tensor, batch_first: bool, _value: Any, _total: Any) -> tuple[Tensor, Tensor]:
+    steps = batch_sizes.shape[0]
+    x = data.reshape(steps, data.shape[0] // steps, *data.shape[1:])
+    return x.transpose(0, 1) if batch_first else x, torch.ones(x.shape[1], dtype=torch.int64)
+
+
+def _recurrent_packed(
+    kind: str,
+    data: Tensor,
+    _batch_sizes: Tensor,
+    hx: Any,
+    weights: Sequence[Tensor],
+    biased: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+) -> Any:
+    """Stand in for a recurrent kernel on packed sequences: all entries as one step of one long batch."""
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    wide = tuple(h[:, :1].expand(-1, data.shape[0], -1) for h in states)
+    first = wide if kind == "lstm" else wide[0]
+    arguments = (weights, biased, num_layers, dropout, training, bidirectional, False)
+    out, *last = _recurrent(kind, data.unsqueeze(0), first, *arguments)
+    return out.squeeze(0), *(h[:, : s.shape[1]] for h, s in zip(last, states, strict=True))
+
+
 def _bilinear(left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     out = torch.einsum("...i,oij,...j->...o", left, weight, right)
     return out if bias is None else out + bias
 
 
-def _packed(args: Sequence[Any]) -> bool:
-    return (
-        len(args) > 1
-        and isinstance(args[1], Tensor)
-        and isinstance(args[2], (Tensor, tuple, list))
-        and args[1].ndim == 1
-    )
-
-
 class PlainTwins(TorchFunctionMode):
     """Replaces fused kernels by their twins while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._batch = 0  # sequences in the last packed batch: its size is read from a tensor otherwise
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -112,8 +141,16 @@ class PlainTwins(TorchFunctionMode):
         kind = name.split("_")[0]
         if name == "bilinear":
             return _bilinear(*args, **kwargs)
-        if name in ("lstm", "gru", "rnn_tanh", "rnn_relu") and not _packed(args):
-            return _recurrent(kind, *args, **kwargs)
+        if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+            packed = isinstance(args[1], Tensor) and args[1].ndim == 1
+            return (_recurrent_packed if packed else _recurrent)(kind, *args, **kwargs)
+        if name == "_pack_padded_sequence":
+            self._batch = int(args[1].shape[0])
+            return _pack(*args, **kwargs)
+        if name == "_pad_packed_sequence":
+            return _unpack(*args, **kwargs)
+        if name == "zeros" and any(isinstance(size, Tensor) for size in args):
+            args = tuple(self._batch if isinstance(size, Tensor) else size for size in args)
         if name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
             return _cell(kind, *args, **kwargs)
         return func(*args, **kwargs)

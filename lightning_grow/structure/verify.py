@@ -1,205 +1,61 @@
 """Try every proposal on resized tensors: nothing that was discovered counts before it has run.
 
-Four trials, each one forward pass of the real model in eval mode, with perturbed weights so that zero-initialised
-layers hide nothing: permuting the units of a group must leave the output unchanged (so the layout is right); one more
-unit with silent fan-out, and one unit split in two, must leave it unchanged (or the group has an obstacle); one unit
-less must run. All groups are tried at once; only when a joint trial fails are they tried one by one.
+Four trials, each a forward pass of the real model in eval mode: permuting the units of a group must leave the output
+unchanged (so the layout is right); more units with silent fan-out, and units split in two, must leave it unchanged (or
+the group has an obstacle); fewer units must run. All groups are tried at once, each by another number of units, so that
+groups that belong together cannot hide it; only when a joint trial fails are they tried by halves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
-from lightning_grow.structure.axes import Attribute, AxisGroup, Layout, layout_length
-from lightning_grow.structure.layout import entry_index, entry_share
-from lightning_grow.structure.sandbox import set_size, swap_in, tensors_in, unchanged
+from lightning_grow.structure.axes import AxisGroup, Layout
+from lightning_grow.structure.trials import Trials
 
-# In float64, models that compute in float32 inside still differ by rounding; a real mistake shows as 1e-2 or more.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+Plan = Callable[[AxisGroup], tuple[Tensor, Tensor]]
+"""Index and shares, as in an edit, for a group."""
 
 
-class UnrunnableError(RuntimeError):
-    """The model cannot be run on real data here, so proposals cannot be tried."""
-
-
-class Trials:
-    """Runs a model with resized tensors and compares outputs.
-
-    Args:
-        model: The model. It is left unchanged.
-        call: Runs it on ``args`` and ``kwargs``.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-        names: Tensors that take part in some group.
-
-    Raises:
-        UnrunnableError: If the model does not run as it is, or has no floating-point output.
-    """
-
-    def __init__(
-        self, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], names: set[str]
-    ) -> None:
-        self._model, self._call, self._args, self._kwargs = model, call, args, kwargs
-        named = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
-        if any(t.device.type == "meta" for t in named.values()):
-            raise UnrunnableError("its tensors are on the meta device")
-        self._named = named
-        self._in_groups = names
-        self.sizes: dict[str, int] = {}
-        error: Exception | None = None
-        for dtype in (torch.float64, None):
-            try:
-                self._prepare(dtype)
-            except Exception as e:  # the model's own code: anything can happen
-                error = error or e
-            else:
-                return
-        raise UnrunnableError(f"its forward fails on the example input: {type(error).__name__}: {error}")
-
-    def _prepare(self, dtype: torch.dtype | None) -> None:
-        self._dtype = dtype
-        self._tensors = {n: self._cast(t) for n, t in self._named.items()}
-        self._tensors.update({n: perturbed(n, self._tensors[n]) for n in sorted(self._in_groups)})
-        self.reference = self.run(self._tensors, {})
-        if not self.reference:
-            raise UnrunnableError("it returns no floating-point tensor")
-        if not all(bool(torch.isfinite(t).all()) for t in self.reference):
-            raise UnrunnableError("its output is not finite on the example input")
-        least = min((t.dtype for t in self.reference), key=lambda d: -torch.finfo(d).eps)
-        self._tolerance = _TOLERANCE.get(least, 1e-3)
-
-    def _cast(self, tree: Any) -> Any:
-        if self._dtype is None:
-            return tree
-        return pytree.tree_map_only(
-            Tensor, lambda t: t.to(self._dtype) if t.is_floating_point() and t.dtype != self._dtype else t, tree
-        )
-
-    def run(
-        self, tensors: Mapping[str, Tensor], attributes: Mapping[Attribute, int], grad: bool = False
-    ) -> list[Tensor]:
-        """Return the floating-point outputs with these tensors and module sizes."""
-        with unchanged(self._model), torch.set_grad_enabled(grad):
-            for module in self._model.modules():
-                module.__dict__["training"] = False
-            swap_in(self._model, tensors)
-            for attribute, size in attributes.items():
-                set_size(self._model, attribute, size)
-            torch.manual_seed(0)
-            output = self._call(*self._cast(self._args), **self._cast(self._kwargs))
-            return [t if grad else t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
-
-    def resized(
-        self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor], share: Mapping[str, Tensor]
-    ) -> list[Tensor]:
-        """Return the outputs after groups are resized by an index map, with fan-out shares."""
-        groups = list(groups)
-        return self.run(self._resized_tensors(groups, index, share), self._new_sizes(groups, index))
-
-    def _new_sizes(self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor]) -> dict[Attribute, int]:
-        sizes = self.sizes | {name: len(i) for name, i in index.items()}
-        return {a: layout_length(a.layout, sizes) for g in groups for a in g.attributes}
-
-    def _resized_tensors(
-        self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor], share: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        tensors = dict(self._tensors)
-        for axis in {axis.label: axis for group in groups for axis in group.axes}.values():
-            entries = entry_index(axis.layout, self.sizes, index)
-            tensor = tensors[axis.tensor].index_select(axis.dim, entries.clamp(min=0))
-            if axis.role == "consumed":
-                factor = entry_share(axis.layout, self.sizes, share).masked_fill(entries < 0, 0)
-                tensor = tensor * factor.to(tensor).reshape([-1 if d == axis.dim else 1 for d in range(tensor.ndim)])
-            tensors[axis.tensor] = tensor
-        return tensors
-
-    def learns(self, group: AxisGroup, index: Tensor, share: Tensor) -> bool:
-        """Return whether the silenced entries of new units receive a gradient."""
-        axes = group.with_role("consumed")
-        with torch.enable_grad():
-            tensors = self._resized_tensors([group], {group.name: index}, {group.name: share})
-            for axis in axes:
-                tensors[axis.tensor] = tensors[axis.tensor].detach().requires_grad_()
-            outputs = self.run(tensors, self._new_sizes([group], {group.name: index}), grad=True)
-            weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(0)).to(t) for t in outputs]
-            total = sum((t * w).sum() for t, w in zip(outputs, weights, strict=True))
-            leaves = [tensors[axis.tensor] for axis in axes]
-            if not isinstance(total, Tensor) or not total.requires_grad:
-                return False
-            grads = torch.autograd.grad(total, leaves, allow_unused=True)
-        new = [entry_index(a.layout, self.sizes, {group.name: index}) < 0 for a in axes]
-        return any(
-            g is not None and bool(g.index_select(a.dim, n.nonzero().flatten()).any())
-            for g, a, n in zip(grads, axes, new, strict=True)
-        )
-
-    def same(self, outputs: Sequence[Tensor]) -> bool:
-        """Return whether outputs equal the reference, up to rounding."""
-        if [t.shape for t in outputs] != [t.shape for t in self.reference]:
-            return False
-        for a, b in zip(outputs, self.reference, strict=True):
-            scale = b.abs().max().item() if b.numel() else 0.0
-            if b.numel() and not (a - b).abs().max().item() <= self._tolerance * max(scale, 1e-6):
-                return False
-        return True
-
-
-def perturbed(name: str, tensor: Tensor) -> Tensor:
-    """Return values near the present ones of which no two are equal and none is zero; positive ones stay positive."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return tensor
-    generator = torch.Generator().manual_seed(len(name) * 7919 + tensor.numel())
-    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-    if bool((tensor > 0).all()):
-        return tensor * torch.exp(0.1 * noise)
-    spread = tensor.std().item() if tensor.numel() > 1 else 0.0
-    return tensor + noise * max(0.2 * spread, 0.02)
-
-
-# -- trials ------------------------------------------------------------------------------------------------------------
-
-
-def permutation(size: int) -> Tensor:
-    """Return a fixed permutation without fixed points (for size > 1)."""
-    generator = torch.Generator().manual_seed(size)
-    order = torch.randperm(size, generator=generator)
-    return order[(torch.argsort(order) + 1) % size]
-
-
-def _identity(size: int) -> Tensor:
-    return torch.arange(size)
-
-
-def _permuted(group: AxisGroup) -> tuple[Tensor, Tensor]:
-    """Permute the units; a single one is put behind a new, silent one."""
-    index = permutation(group.size) if group.size > 1 else torch.tensor([-1, 0])
+def _kept(index: Tensor) -> tuple[Tensor, Tensor]:
     return index, torch.ones(len(index), dtype=torch.float64)
+
+
+def _many(group: AxisGroup, most: int) -> int:
+    """Return a number of units that differs from group to group, a multiple of the step."""
+    return group.step * (zlib.crc32(group.name.encode()) % most + 1)
+
+
+def _exchanged(group: AxisGroup) -> tuple[Tensor, Tensor]:
+    """Exchange the first two units; a single one is put behind a new, silent one."""
+    rest = range(2, group.size)
+    return _kept(torch.tensor([1, 0, *rest] if group.size > 1 else [-1, 0]))
+
+
+def _rotated(group: AxisGroup) -> tuple[Tensor, Tensor]:
+    """Move all units up by one: with exchanging two, this makes every order."""
+    return _kept(torch.arange(group.size).roll(1))
 
 
 def _widened(group: AxisGroup) -> tuple[Tensor, Tensor]:
-    index = torch.cat([_identity(group.size), torch.full((group.step,), -1)])
-    return index, torch.ones(len(index), dtype=torch.float64)
+    return _kept(torch.cat([torch.arange(group.size), torch.full((_many(group, 5),), -1)]))
 
 
 def _split(group: AxisGroup) -> tuple[Tensor, Tensor]:
-    index = torch.cat([_identity(group.size), _identity(group.step)])
+    many = min(_many(group, 3), group.size)
+    index = torch.cat([torch.arange(group.size), torch.arange(many)])
     share = torch.ones(len(index), dtype=torch.float64)
-    share[: group.step], share[group.size :] = 0.3, 0.7
+    share[:many], share[group.size :] = 0.37, 0.63
     return index, share
 
 
 def _pruned(group: AxisGroup) -> tuple[Tensor, Tensor]:
-    rest = max(group.size - group.step, group.step)
-    return _identity(rest), torch.ones(rest, dtype=torch.float64)
-
-
-Plan = Callable[[AxisGroup], tuple[Tensor, Tensor]]
+    return _kept(torch.arange(max(group.size - _many(group, 3), group.step)))
 
 
 def try_each(trials: Trials, groups: Sequence[AxisGroup], plan: Plan, exact: bool) -> dict[str, str]:
@@ -227,6 +83,13 @@ def try_each(trials: Trials, groups: Sequence[AxisGroup], plan: Plan, exact: boo
     return try_each(trials, groups[:half], plan, exact) | try_each(trials, groups[half:], plan, exact)
 
 
+def _unordered(trials: Trials, groups: Sequence[AxisGroup]) -> dict[str, str]:
+    """Return the groups whose order of units matters."""
+    failed = try_each(trials, groups, _exchanged, exact=True)
+    rest = [g for g in groups if g.name not in failed and g.size > 2]
+    return failed | try_each(trials, rest, _rotated, exact=True)
+
+
 def choose_layouts(
     trials: Trials, groups: Sequence[AxisGroup], options: Mapping[str, Sequence[AxisGroup]]
 ) -> tuple[list[AxisGroup], dict[str, str]]:
@@ -237,7 +100,7 @@ def choose_layouts(
         groups: Proposals, each with its likeliest layout.
         options: For groups whose order was not seen, the same group with other layouts.
     """
-    failed = try_each(trials, groups, _permuted, exact=True)
+    failed = _unordered(trials, groups)
     chosen: list[AxisGroup] = []
     reasons: dict[str, str] = {}
     layouts: dict[str, Layout] = {}
@@ -246,7 +109,7 @@ def choose_layouts(
             chosen.append(group)
             continue
         for other in options.get(group.name, ()):
-            if not try_each(trials, [other], _permuted, exact=True):
+            if not _unordered(trials, [other]):
                 chosen.append(other)
                 layouts |= {axis.label: axis.layout for axis in other.axes}
                 break
