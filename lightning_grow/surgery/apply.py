@@ -15,7 +15,7 @@ from lightning_grow.structure.errors import StructureError
 from lightning_grow.surgery.attributes import Change, described
 from lightning_grow.surgery.edit import Edit
 from lightning_grow.surgery.fill import edited
-from lightning_grow.surgery.optimizer_state import OptimizerMemory
+from lightning_grow.surgery.optimizer_state import OptimizerMemory, plan_attributes
 from lightning_grow.surgery.plan import AxisMap, NewValues, TensorPlan, axis_map, value_source
 from lightning_grow.surgery.swap import Commit, check_swappable
 
@@ -134,7 +134,7 @@ def _commit(plan: ModelPlan, memories: Sequence[OptimizerMemory], new_state: str
         for memory in memories:
             for container, key, state in memory.planned(planned.tensor, tensor_plan, new_state):
                 commit.item(container, key, state)
-        commit.tensor(planned.tensor, value)
+        commit.tensor(planned.tensor, value, plan_attributes(planned.tensor, tensor_plan))
     changed = [planned.tensor for planned in plan.tensors]
     for memory in memories:
         for container, key, state in memory.shared_by(changed):
@@ -187,6 +187,8 @@ def _tensor(model: nn.Module, name: str, group: str) -> Tensor:
             f"The model has no parameter or buffer '{name}', on which group '{group}' depends. The structure belongs "
             "to another model, or the model has changed: trace it again."
         )
+    if nn.parameter.is_lazy(tensor):
+        raise StructureError(f"'{name}' has no shape yet (a lazy module): run one batch through the model first.")
     return tensor
 
 

@@ -68,11 +68,17 @@ def fill_mean_(out: Tensor, m: AxisMap, fallback: Tensor) -> None:
     """Set the new entries along one axis to the mean of the existing units, place by place.
 
     Args:
-        out: The gathered tensor; changed in place.
+        out: The gathered tensor of floating-point numbers or of bools (which take the more common value); changed in
+            place.
         m: The axis.
         fallback: The tensor before the edit; its mean is taken where no unit of it has survived.
     """
-    if out.is_meta or not (out.is_floating_point() or out.is_complex()):
+    if out.is_meta:
+        return
+    if out.dtype == torch.bool:
+        most = out.float()
+        fill_mean_(most, m, fallback.float())
+        write_new_(out, m, most.index_select(m.dim, m.new_entries.to(out.device)) >= 0.5)
         return
     old = [(start, length) for start, source, length in m.segments if source >= 0]
     if not old:
@@ -103,9 +109,10 @@ def write_new_(out: Tensor, m: AxisMap, values: Tensor) -> None:
 
 def _fill_(out: Tensor, tensor: Tensor, label: str, m: AxisMap) -> None:
     """Set the new entries along one axis to their default values."""
-    if m.role == "consumed" or not (out.is_floating_point() or out.is_complex()):
+    is_number = out.is_floating_point() or out.is_complex()
+    if m.role == "consumed" or not (is_number or out.dtype == torch.bool):
         write_new_(out, m, out.new_zeros(()))
-    elif m.role == "carried" and _is_vector(tensor, m.dim):
+    elif out.dtype == torch.bool or (m.role == "carried" and _is_vector(tensor, m.dim)):
         fill_mean_(out, m, tensor)
     elif m.role == "produced" and tensor.ndim < 2:
         write_new_(out, m, out.new_zeros(()))

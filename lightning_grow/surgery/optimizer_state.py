@@ -13,9 +13,11 @@ class of the optimizer:
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import numbers
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from lightning_grow.surgery.fill import fill_mean_, scale_, write_new_
 from lightning_grow.surgery.plan import AxisMap, TensorPlan, gather
-from lightning_grow.surgery.state_kinds import SQUARE, Kind, named_kind, observed_kind
+from lightning_grow.surgery.state_kinds import MASK, SQUARE, Kind, named_kind, observed_kind
 from lightning_grow.surgery.state_slots import Slot, nested_optimizers, parameters_of, state_slots
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,18 @@ def plan_state(optimizer: Any, parameter: Tensor, plan: TensorPlan, new_state: s
             memory.report_resets()
             return dict(state)
     return {}
+
+
+def plan_attributes(parameter: Tensor, plan: TensorPlan) -> dict[str, Tensor]:
+    """Return what becomes of tensors of its shape that a parameter carries as Python attributes (masks, scores)."""
+    found = {name: value for name, value in vars(parameter).items() if isinstance(value, Tensor)}
+    followed = {}
+    for name, value in found.items():
+        if value.shape == parameter.shape and not value.requires_grad:
+            kinds = {name: named_kind("", name) or observed_kind(name, [(value, parameter)])}
+            with contextlib.suppress(_OpaqueError):
+                followed[name] = _Follow(plan, "mean", kinds).content(value, name)
+    return followed
 
 
 class OptimizerMemory:
@@ -184,6 +198,9 @@ def initial_state(optimizer: Any, parameter: Tensor, group: Mapping[str, Any]) -
         return {}
 
 
+_COUNTS = (torch.int16, torch.int32, torch.int64)
+
+
 class _OpaqueError(Exception):
     """State that does not follow an edit; the message completes 'starts afresh, since ...'."""
 
@@ -202,7 +219,7 @@ class _Follow:
             return self._tensor(content, name)
         if isinstance(content, Mapping):
             return _like(content, {k: self.content(v, str(k)) for k, v in content.items()})
-        if isinstance(content, (list, tuple)):
+        if isinstance(content, (list, tuple, deque)):
             return _like(content, [self.content(entry, name) for entry in content])
         if (
             content is None
@@ -222,7 +239,7 @@ class _Follow:
         is_code = state.is_quantized or (state.element_size() == 1 and state.dtype != torch.bool)
         if is_code or state.layout != torch.strided:
             raise _OpaqueError(described)
-        kind = self._kinds.get(name, named_kind("", name) or SQUARE)
+        kind = MASK if state.dtype == torch.bool else self._kinds.get(name, named_kind("", name) or SQUARE)
         if state.shape != old_shape and state.ndim == 1 and state.numel() == old_shape.numel():
             return self._shaped(state.reshape(old_shape), kind, tuple(range(len(old_shape)))).reshape(-1)
         dims = _parameter_dims(state.shape, old_shape, {m.dim for m in self._plan.maps}, name)
@@ -234,10 +251,10 @@ class _Follow:
         """Return state whose dimensions are dimensions of the parameter (None: of their own, or averaged away)."""
         maps = tuple(replace(m, dim=dims.index(m.dim)) for m in self._plan.maps if m.dim in dims)
         is_mean = kind.new == "always mean" or (kind.new == "mean" and self._new_state == "mean")
-        is_mean = is_mean and (state.is_floating_point() or state.is_complex())
+        is_mean = is_mean and state.dtype not in _COUNTS
         out = gather(state, maps, zero_new=not is_mean)
         if kind.new == "weight":
-            return self._weight_copy(out, maps)
+            return self._weight_copy(out, maps, kind.scale)
         for m in maps:
             if m.has_new and is_mean:
                 fill_mean_(out, m, state)
@@ -246,15 +263,16 @@ class _Follow:
                 scale_(out, m, m.share**kind.power)
         return out
 
-    def _weight_copy(self, out: Tensor, maps: tuple[AxisMap, ...]) -> Tensor:
+    def _weight_copy(self, out: Tensor, maps: tuple[AxisMap, ...], scale: float) -> Tensor:
         for m in maps:
             if m.share is not None and m.role == "consumed":
                 scale_(out, m, m.share)
         if out.shape == self._plan.value.shape:
             for m in maps:
                 if m.has_new:
-                    entries = m.new_entries.to(out.device)
-                    write_new_(out, m, self._plan.value.index_select(m.dim, entries).to(out))
+                    entries = m.new_entries.to(self._plan.value.device)
+                    new = self._plan.value.index_select(m.dim, entries).to(out)
+                    write_new_(out, m, new if scale == 1 else new * scale)
         return out
 
 
@@ -289,7 +307,7 @@ def _tensors(content: Any, name: str) -> list[tuple[str, Tensor]]:
         return [(name, content)]
     if isinstance(content, Mapping):
         return [pair for key, value in content.items() for pair in _tensors(value, str(key))]
-    if isinstance(content, (list, tuple)):
+    if isinstance(content, (list, tuple, deque)):
         return [pair for entry in content for pair in _tensors(entry, name)]
     return []
 
@@ -298,6 +316,8 @@ def _like(container: Any, content: Any) -> Any:
     """Return ``content`` in a container of the same type."""
     if hasattr(container, "_fields"):
         return type(container)(*content)
+    if isinstance(container, deque):
+        return type(container)(content, container.maxlen)
     if hasattr(container, "default_factory"):
         return type(container)(container.default_factory, content)
     return type(container)(content)

@@ -9,6 +9,7 @@ The kinds, and what becomes of them when the units of a parameter are gathered:
 | magnitude | Adamax's ``exp_inf`` | mean of the existing units | times w |
 | update | RMSprop's momentum (of normalised gradients) | zero | as it is |
 | rate | Rprop's ``step_size``, Adadelta's ``acc_delta`` | mean of the existing units | as it is |
+| mask | which entries take part | what most existing units have | as it is |
 | weight | ASGD's ``ax``, Schedule-Free's ``z``, Prodigy's ``p0`` | the new weights | like the weight |
 
 The share acts where a unit's gradient depends on it: on produced and carried axes. (Kind weight: on consumed axes.)
@@ -17,7 +18,7 @@ The share acts where a unit's gradient depends on it: on produced and carried ax
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,11 +34,13 @@ class Kind:
         power: Power of the share by which copies are multiplied.
         new: What new entries become: zero, the mean of the existing units (``"mean"`` gives way to zeros when the
             caller wishes, ``"always mean"`` does not), or the new weights.
+        scale: What new weights are multiplied by: an average that began at zero is a fraction of the weights.
     """
 
     name: str
     power: int
     new: Literal["zero", "mean", "always mean", "weight"]
+    scale: float = 1.0
 
 
 GRADIENT = Kind("gradient", 1, "zero")
@@ -45,10 +48,12 @@ SQUARE = Kind("square", 2, "mean")
 MAGNITUDE = Kind("magnitude", 1, "mean")
 UPDATE = Kind("update", 0, "zero")
 RATE = Kind("rate", 0, "always mean")
+MASK = Kind("mask", 0, "always mean")
 WEIGHT = Kind("weight", 0, "weight")
 
 _NAMED = {
     "momentum_buffer": GRADIENT,
+    "momentum": GRADIENT,
     "exp_avg": GRADIENT,
     "grad_avg": GRADIENT,
     "prev": GRADIENT,
@@ -65,23 +70,35 @@ _NAMED = {
     "ax": WEIGHT,
     "p0": WEIGHT,
     "x0": WEIGHT,
+    "slow_buffer": WEIGHT,
+    "slow_param": WEIGHT,
+    "slow_params": WEIGHT,
+    "slow_weights": WEIGHT,
+    "prev_param": WEIGHT,
+    "master_param": WEIGHT,
+    "master_params": WEIGHT,
+    "param_copy": WEIGHT,
 }
 _OF_OPTIMIZER = {("RMSprop", "momentum_buffer"): UPDATE}
 _HINTS = ((("step_size", "lr", "gain"), RATE), (("inf", "abs", "norm"), MAGNITUDE))
 _SAMPLE = 4096
-_MIN_COSINE, _MIN_RATIO, _MAX_RATIO = 0.5, 0.2, 5.0
+_COPY_COSINE, _COPY_RATIO = 0.8, 2.0
+_SCALED_COSINE, _POSITIVE_COSINE = 0.95, 0.999
 
 
 def named_kind(optimizer: str, key: str) -> Kind | None:
     """Return the kind of a state entry by the names of the optimizer class and of the entry, or None if unknown."""
+    if key == "z" and "schedulefree" in optimizer.lower():
+        return WEIGHT
     return _OF_OPTIMIZER.get((optimizer, key), _NAMED.get(key))
 
 
 def observed_kind(key: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Kind:
     """Return the kind that the numbers of a state entry tell.
 
-    A copy of the weights is close to the parameters and far from zero, all parameters taken together; squares and
-    magnitudes are nowhere negative; anything else behaves like a gradient.
+    A copy of the weights is close to the parameters and far from zero, all parameters taken together, and a multiple
+    of them is a copy too (an average that began at zero); squares and magnitudes are nowhere negative; anything else
+    behaves like a gradient.
 
     Args:
         key: Name of the entry.
@@ -101,8 +118,11 @@ def observed_kind(key: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Kind:
     if state_square and weight_square:
         ratio = (state_square / weight_square) ** 0.5
         cosine = dot / (state_square * weight_square) ** 0.5
-        if cosine > _MIN_COSINE and _MIN_RATIO < ratio < _MAX_RATIO:
+        is_signed = lowest < 0
+        if cosine > (_COPY_COSINE if is_signed else _POSITIVE_COSINE) and 1 / _COPY_RATIO < ratio < _COPY_RATIO:
             return WEIGHT
+        if is_signed and cosine > _SCALED_COSINE:
+            return replace(WEIGHT, scale=ratio)
     if lowest < 0 or highest == 0:
         return GRADIENT
     return next((kind for words, kind in _HINTS if any(word in key.lower() for word in words)), SQUARE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -29,11 +29,9 @@ def check_swappable(name: str, tensor: Tensor) -> None:
         tensor: A parameter or buffer.
 
     Raises:
-        StructureError: If the tensor is not materialised, sharded, sparse or quantized, has hooks, or is part of a
+        StructureError: If the tensor is sharded, sparse or quantized, has hooks, or is part of a
             live autograd graph.
     """
-    if nn.parameter.is_lazy(tensor):
-        raise StructureError(f"'{name}' has no shape yet (a lazy module): run one batch through the model first.")
     if hasattr(tensor, "device_mesh") or hasattr(tensor, "__tensor_flatten__"):
         raise StructureError(
             f"'{name}' is a {type(tensor).__name__}: sharded and wrapped tensors cannot be resized. Edit the model "
@@ -100,7 +98,7 @@ class Commit:
             for module in model.modules()
             if any(id(t) in changed for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
         ]
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def __enter__(self) -> Commit:
         for module in self._modules:
@@ -119,18 +117,27 @@ class Commit:
         else:
             self._roll_back()
 
-    def tensor(self, old: Tensor, value: Tensor) -> None:
-        """Give ``old`` the content of ``value``: same object, dtype, flags and Python attributes; its gradient goes."""
+    def tensor(self, old: Tensor, value: Tensor, attributes: Mapping[str, Any] | None = None) -> None:
+        """Give ``old`` the content of ``value``: same object, dtype, flags and Python attributes; its gradient goes.
+
+        Args:
+            old: A parameter or buffer.
+            value: Of any shape; it is used up.
+            attributes: New values of some of its Python attributes.
+        """
+        attributes = attributes or {}
         gradient = old.grad if old.is_leaf else None
         old.grad = None
         self._undo.append(lambda: setattr(old, "grad", gradient))
         if weakref.getweakrefs(old):
-            before = old.data
+            before, kept = old.data, dict(vars(old))
             old.data = value
+            vars(old).update(attributes)
             self._undo.append(lambda: setattr(old, "data", before))
+            self._undo.append(lambda: vars(old).update(kept))
             return
         partner = torch.Tensor._make_subclass(type(old), value, old.requires_grad)
-        partner.__dict__.update(old.__dict__)
+        vars(partner).update({**vars(old), **attributes})
         _exchange(old, partner)
         self._undo.append(lambda: _exchange(old, partner))
 

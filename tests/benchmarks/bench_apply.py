@@ -4,6 +4,8 @@ Run ``python tests/benchmarks/bench_apply.py``: a transformer of 100 million par
 layer widened in one `apply_`. The ratio shall be at most 4.
 """
 
+# ruff: noqa: T201 (a command that prints its table)
+
 from __future__ import annotations
 
 import argparse

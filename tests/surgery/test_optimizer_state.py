@@ -30,7 +30,7 @@ OPTIMIZERS: dict[str, Make] = {
     "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
     "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
     "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
-    "Adadelta": lambda p: torch.optim.Adadelta(p),
+    "Adadelta": torch.optim.Adadelta,
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05, initial_accumulator_value=0.1),
     "Adagrad fused": lambda p: torch.optim.Adagrad(p, lr=0.05, fused=True),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
@@ -86,9 +86,7 @@ def test_pruning_fresh_units_is_the_exact_inverse_of_widening(
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "LBFGS"])
-def test_training_goes_on_after_growth_and_no_value_is_undefined(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_training_goes_on_after_growth_and_no_value_is_undefined(name: str, caplog: pytest.LogCaptureFixture) -> None:
     case = perceptron()
     make = OPTIMIZERS.get(name, lambda p: torch.optim.LBFGS(p, max_iter=3, history_size=5))
     case.optimizer = make(list(case.model.parameters()))
