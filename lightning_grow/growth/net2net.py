@@ -142,7 +142,7 @@ def net2deeper(stack: Stack, at: int | None = None) -> BlockEdit:
 
     Args:
         stack: The stack to deepen.
-        at: Position of the new block, ``0 <= at <= len(stack.blocks)``; at the end by default.
+        at: Position of the new block, ``stack.first <= at <= len(stack.blocks)``; at the end by default.
 
     Returns:
         A change of depth, for `insert_` or as a proposal. Nothing is changed yet.
@@ -158,8 +158,10 @@ def net2deeper(stack: Stack, at: int | None = None) -> BlockEdit:
     if stack.obstacle is not None:
         raise StructureError(f"Cannot deepen '{stack.name}' and keep the function: {stack.obstacle}.")
     at = len(stack.blocks) if at is None else at
-    if not 0 <= at <= len(stack.blocks):
-        raise ValueError(f"Expected a position from 0 to {len(stack.blocks)} in '{stack.name}', found {at}.")
+    if not stack.first <= at <= len(stack.blocks):
+        raise ValueError(
+            f"Expected a position from {stack.first} to {len(stack.blocks)} in '{stack.name}', found {at}."
+        )
     return BlockEdit(stack, at)
 
 

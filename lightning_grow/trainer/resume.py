@@ -192,7 +192,10 @@ def _change_depth_(module: nn.Module, event: Event, *, undo: bool = False) -> No
     stack, at = (event.stack_after if undo else event.stack), event.at
     if stack is None or at is None:
         raise StructureError(f"The record does not say how to repeat: {event}.")
-    (remove_ if (event.what == "remove") != undo else insert_)(module, stack_from_dict(stack), at)
+    if (event.what == "remove") != undo:
+        remove_(module, stack_from_dict(stack), at)
+    else:
+        insert_(module, stack_from_dict(stack), at, preserve=False)  # its weights are loaded afterwards
 
 
 def _same(first: Event, second: Event) -> bool:

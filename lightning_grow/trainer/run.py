@@ -101,7 +101,8 @@ class Run:
         self.structure = None if saved["structure"] is None else Structure.from_dict(saved["structure"])
         self.record = Record.from_dict(saved["record"])
         self._parameter_order = saved["optimizers"]
-        self._unanswered = [event for event in self.record.events[-1:] if event.loss_after is None]
+        last = {event.step for event in self.record.events[-1:]}
+        self._unanswered = [e for e in self.record.events if e.step in last and e.loss_after is None]
 
     def reorder_(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Give the parameters of new optimizers the order, and groups, that they have in the checkpoint.

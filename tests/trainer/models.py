@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 
 class Perceptron(pl.LightningModule):
@@ -78,11 +78,15 @@ class Residual(Perceptron):
         return self.head(self.blocks(self.stem(x)))
 
 
-def loader(batch_size: int = 8, samples: int = 48) -> DataLoader[Any]:
-    """Return a small fixed classification task, in fixed order."""
+def loader(
+    batch_size: int = 8, samples: int = 48, dtype: torch.dtype = torch.float32, rank: int = 0, ranks: int = 1
+) -> DataLoader[Any]:
+    """Return a small fixed classification task, in fixed order: the same global batches for any number of ranks."""
     generator = torch.Generator().manual_seed(5)
-    x = torch.randn(samples, 4, generator=generator)
-    return DataLoader(TensorDataset(x, (x.sum(dim=1) > 0).long()), batch_size=batch_size)
+    x = torch.randn(samples, 4, generator=generator, dtype=torch.float64).to(dtype)
+    data = TensorDataset(x, (x.sum(dim=1) > 0).long())
+    sampler = DistributedSampler(data, ranks, rank, shuffle=False)
+    return DataLoader(data, batch_size=batch_size // ranks, sampler=sampler)
 
 
 def trainer(folder: Path, *callbacks: pl.Callback, **arguments: Any) -> pl.Trainer:
@@ -96,6 +100,7 @@ def trainer(folder: Path, *callbacks: pl.Callback, **arguments: Any) -> pl.Train
         "enable_model_summary": False,
         "enable_checkpointing": False,
         "log_every_n_steps": 1,
+        "use_distributed_sampler": False,
     }
     return pl.Trainer(default_root_dir=folder, callbacks=list(callbacks), **(defaults | arguments))
 
