@@ -4,7 +4,7 @@ from lightning_grow.growth import Net2Net, net2deeper, net2wider
 from lightning_grow.pruning import MagnitudePruning
 from lightning_grow.structure import Axis, AxisGroup, Stack, Structure, StructureError, trace
 from lightning_grow.surgery import Edit, apply_, insert_, prune, remove_, replay_, resize_like_, split, widen
-from lightning_grow.trainer import StructuralCallback, load_from_checkpoint
+from lightning_grow.trainer import History, StructuralCallback, load_from_checkpoint
 
 __version__ = "0.1.0"
 
@@ -12,6 +12,7 @@ __all__ = [
     "Axis",
     "AxisGroup",
     "Edit",
+    "History",
     "MagnitudePruning",
     "Net2Net",
     "Stack",

@@ -70,7 +70,7 @@ def test_a_printed_configuration_is_a_configuration(recipe, capsys):
     ("line", "named"),
     [
         ("trainer: {max_epoch: 3}", "max_epoch"),
-        ("modle: {}", "modle"),
+        ("modle: {class_path: Net}", "modle"),
         ("trainer: {callbacks: [{class_path: lightning_grow.Net2Net, init_args: {every_step: 3}}]}", "every_step"),
         ("trainer: {callbacks: [{class_path: lightning_grow.Net3Net}]}", "Net3Net"),
         ("trainer: {max_epochs: many}", "max_epochs"),
@@ -118,7 +118,7 @@ def test_a_growing_run_reports_its_events_and_compares_with_its_seed(capfd):
     accuracies = [float(part.split()[0]) for part in last.removeprefix("test_acc").split("|")]
     assert all(0 <= accuracy <= 1 for accuracy in accuracies)
     assert f"grown, {history['snapshots'][-1]['parameters']:,} parameters" in last
-    assert "ungrown, 536 parameters" in last
+    assert "ungrown, 252 parameters" in last
 
 
 def test_the_history_follows_the_network(capfd):
@@ -126,7 +126,7 @@ def test_the_history_follows_the_network(capfd):
     capfd.readouterr()
     history = json.loads((run_of_digits() / HISTORY_FILE).read_text())
     seed, *later = history["snapshots"]
-    assert seed["parameters"] == 536
+    assert seed["parameters"] == 252
     assert [s["step"] for s in history["snapshots"]] == [0, 2, 4, 6]
     for before, after in zip([seed, *later], later, strict=False):
         assert after["parameters"] > before["parameters"]

@@ -2,6 +2,7 @@
 
 from lightning_grow.trainer.budget import Budget
 from lightning_grow.trainer.editing import editing
+from lightning_grow.trainer.history import History
 from lightning_grow.trainer.occasion import Occasion
 from lightning_grow.trainer.proposal import BlockEdit, Change, Proposal
 from lightning_grow.trainer.record import Event, Record
@@ -14,6 +15,7 @@ __all__ = [
     "Budget",
     "Change",
     "Event",
+    "History",
     "Occasion",
     "Proposal",
     "Record",
