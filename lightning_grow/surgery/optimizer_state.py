@@ -136,9 +136,17 @@ class OptimizerMemory:
 
     def report_resets(self) -> None:
         """Say once which parameters' state had to start afresh, and why."""
-        for reason, names in self._resets.items():
-            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            log.warning("%s: state of %s starts afresh, since %s.", self._name, shown, reason)
+        if not self._resets:
+            return
+        names = [name for names in self._resets.values() for name in names]
+        reasons = list(self._resets)
+        log.warning(
+            "%s: state of %s starts afresh, since %s%s.",
+            self._name,
+            ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else ""),
+            reasons[0],
+            f" (and {len(reasons) - 1} more reasons like it)" if len(reasons) > 1 else "",
+        )
 
     @cached_property
     def _kinds(self) -> dict[str, Kind]:

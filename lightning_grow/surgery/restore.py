@@ -198,14 +198,20 @@ def _exchange(commit: Commit, r: _Resized, value: Tensor | None, memories: Seque
 def _sizes(
     model: nn.Module, values: Mapping[str, Tensor], structure: Structure
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the unit counts that the model has, and those of the state dict."""
-    before, after = {}, {}
-    for name, group in structure.groups.items():
-        units = group.units
-        if units.tensor in values:
-            before[name] = units.size_in(model)
-            after[name] = values[units.tensor].shape[units.dim] // units.per_unit
-    return before, after
+    """Return the unit counts that the model has, and those of the state dict, read off any axis that tells."""
+    after: dict[str, int] = {}
+    found = -1
+    while found < len(after):
+        found = len(after)
+        for name, group in structure.groups.items():
+            for axis in group.axes:
+                others = layout_units(axis.layout).keys() - {name}
+                if name not in after and axis.tensor in values and others <= after.keys():
+                    without, with_one = (layout_length(axis.layout, {**after, name: size}) for size in (0, 1))
+                    size, rest = divmod(values[axis.tensor].shape[axis.dim] - without, with_one - without)
+                    if rest == 0 and size > 0:
+                        after[name] = size
+    return {name: structure[name].units.size_in(model) for name in after}, after
 
 
 def _described(model: nn.Module, values: Mapping[str, Tensor], structure: Structure) -> list[Change]:
