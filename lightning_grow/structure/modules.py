@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,7 +20,18 @@ class Kept:
     times: int = 1
 
 
+_POSITION = re.compile(r"(^|_)(layer|block|depth|stage)?_?(idx|index|id|number)$")
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+def is_position(name: str) -> bool:
+    """Return whether an attribute is called like a module's own position among others, such as ``layer_idx``.
+
+    Example:
+        >>> is_position("layer_idx"), is_position("hidden_size")
+        (True, False)
+    """
+    return _POSITION.search(name) is not None
 
 
 def bookkeeping(module: nn.Module) -> list[Kept]:

@@ -88,6 +88,10 @@ class Trace:
     looked_up: set[Expr] = field(default_factory=set)
 
 
+Mark = tuple[int, ...]
+"""How much there was in each list of a trace at some moment."""
+
+
 class Observer:
     """Collects from each operator what sizes alone do not tell: order, role, and mixing.
 
@@ -109,7 +113,7 @@ class Observer:
         self.owner: Any = WeakIdKeyDictionary()
         self.modules: list[tuple[str, str]] = []
         self.operator: Callable[[], str] = str
-        self._guards: list[tuple[str, str]] = []
+        self._guards = 0
 
     @property
     def where(self) -> str:
@@ -118,16 +122,52 @@ class Observer:
         return f"'{name}' ({kind})" if name else kind
 
     def note_guards(self) -> None:
-        """Remember where the guards since the last call came from."""
-        self._guards += [(self.operator(), self.where)] * (len(self.env.guards) - len(self._guards))
+        """Write the equations that the engine has found since the last call into the trace."""
+        guards = self.env.guards
+        for guard in guards[self._guards :]:
+            if isinstance(guard.expr, sympy.Eq):
+                self._add_fact(guard.expr.lhs, guard.expr.rhs, (self.operator(), self.where))
+        self._guards = len(guards)
 
-    def facts(self) -> None:
-        """Write the equations that the engine has found into the trace."""
+    def finish(self) -> None:
+        """Write down all that the engine knows to be equal."""
         self.note_guards()
         self.trace.facts += [s - e for s, e in self.env.replacements.items()]
-        for guard, origin in zip(self.env.guards, self._guards, strict=True):
-            if isinstance(guard.expr, sympy.Eq):
-                self._add_fact(guard.expr.lhs, guard.expr.rhs, origin)
+
+    def mark(self) -> Mark:
+        """Return how much has been seen so far."""
+        self.note_guards()
+        trace = self.trace
+        return tuple(map(len, (trace.facts, trace.divisible, trace.views, trace.sums, trace.mixing)))
+
+    def repeat(self, start: Mark, end: Mark, symbols: Mapping[Expr, Expr], paths: tuple[str, str]) -> None:
+        """Write down again what was seen between two marks, with other symbols and in another module."""
+        trace = self.trace
+        spans = [slice(a, b) for a, b in zip(start, end, strict=True)]
+
+        def moved(text: str) -> str:
+            return text.replace(f"'{paths[0]}", f"'{paths[1]}")
+
+        for fact in trace.facts[spans[0]]:
+            new = fact.xreplace(symbols)
+            trace.facts.append(new)
+            if fact in trace.origins:
+                operator, where = trace.origins[fact]
+                trace.origins.setdefault(new, (operator, moved(where)))
+        trace.divisible += [(a.xreplace(symbols), b.xreplace(symbols)) for a, b in trace.divisible[spans[1]]]
+        for seen, span in ((trace.views, spans[2]), (trace.sums, spans[3])):
+            seen += [(w.xreplace(symbols), tuple(p.xreplace(symbols) for p in parts)) for w, parts in seen[span]]
+        trace.mixing += [(e.xreplace(symbols), moved(reason)) for e, reason in trace.mixing[spans[4]]]
+        for old, new in symbols.items():
+            if old is new or not new.is_Symbol:
+                continue
+            if old in trace.roles and (new not in trace.roles or trace.roles[old] == "consumed"):
+                trace.roles[new] = trace.roles[old]
+            if old in trace.fixed:
+                operator, where = trace.fixed[old]
+                trace.fixed.setdefault(new, (operator, moved(where)))
+            if old in trace.looked_up:
+                trace.looked_up.add(new)
 
     def _add_fact(self, lhs: Expr, rhs: Expr, origin: tuple[str, str]) -> None:
         for one, other in ((lhs, rhs), (rhs, lhs)):

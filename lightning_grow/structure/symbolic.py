@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_grow.structure.axes import Attribute
 from lightning_grow.structure.observe import INPUT, Bound, Expr, Observer, Trace, evaluate
 from lightning_grow.structure.probe import probe
+from lightning_grow.structure.repeat import Repeats
 from lightning_grow.structure.sandbox import plain_layers, set_size, swap_in, tensors_in, unchanged
 from lightning_grow.structure.twins import PlainTwins
 
@@ -123,7 +124,8 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
         self.env = env
         self.cache_enabled = False  # symbolic sizes hardly ever repeat: filling the cache takes half the time
         self.observe = observe
-        self._replay = None if replay is None else iter(replay)
+        self._replay = replay
+        self.position = 0
         self._depth = 0
         self.operator = ""
 
@@ -147,11 +149,17 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
             self.observe(func, args, kwargs or {}, out)
         return out
 
+    def size(self, expr: Expr) -> Any:
+        """Return an expression as a size."""
+        number = self.env.hint(expr, {})
+        return self.env.create_symintnode(expr, hint=number) if expr.free_symbols else number
+
     def _replayed(self) -> Any:
         """Return what the operator returned when the model ran on data: a number, or sizes that depended on data."""
-        value = next(self._replay or iter(()), None)
-        if value is None:
+        if self._replay is None or self.position >= len(self._replay):
             raise _DataDependentSizeError("the model reads other values of tensors than it did on data")
+        value = self._replay[self.position]
+        self.position += 1
         return pytree.tree_map_only(_Made, lambda m: torch.empty(m.shape, dtype=m.dtype, device=m.device), value)
 
 
@@ -271,7 +279,6 @@ def run(
         pretended: Sizes to run with in the place of the model's own, by ``(tensor, dim)``: a width of one unit cannot
             be told from an axis that broadcasts, a width of more can.
         inputs: Tensors that the call closes over: fixed sizes, and known as the model's input.
-
         replay: What the model reads from tensors, as `record` returned it; None if it is not to read any.
 
     Raises:
@@ -295,6 +302,7 @@ def run(
         stack.enter_context(unchanged(model))
         swap_in(model, fakes)
         _bind(model, mode, fakes, bound, trace)
+        Repeats(observer, mode).install(model)
         stack.enter_context(_watched(model, observer))
         stack.enter_context(_plain_kernels())
         stack.enter_context(_Probing(mode))
@@ -309,7 +317,7 @@ def run(
             reads = any(word in type(error).__name__ for word in ("DataDependent", "DynamicOutputShape"))
             raise UntraceableError(observer.modules[-1][0] if observer.modules else "", error, reads) from error
         trace.outputs |= {d for t in tensors_in(outputs) for d in observer.dims(t)}
-    observer.facts()
+    observer.finish()
     return trace
 
 
