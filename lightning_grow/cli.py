@@ -22,12 +22,13 @@ import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from rich import get_console
 from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
+from typing_extensions import override
 
 import lightning_grow as lg
 from lightning_grow.data import DataFileError
@@ -70,6 +71,18 @@ class ReportOptions:
     picture: bool = True
 
 
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration in the folder of the run, whichever logger it has."""
+
+    @override
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        folder = run_folder(trainer)
+        if folder is not None and stage == "fit":
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / self.config_filename
+            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=self.multifile)
+
+
 class GrowCLI(LightningCLI):
     """A LightningCLI whose ``fit`` keeps the history of the architecture and reports on it."""
 
@@ -77,7 +90,8 @@ class GrowCLI(LightningCLI):
         self.history = History()
         super().__init__(
             args=list(args),
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             trainer_defaults={
                 "callbacks": [self.history],
@@ -316,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(), _events_on_terminal():
             warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\.")
+            warnings.filterwarnings("ignore", r"[\s\S]*skip_none parameter")  # skip_unset is not in older jsonargparse
             warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # Lightning with newer torch
             warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data of the recipes is in memory
             commands = {"inspect": inspect_command, "plot": plot_command}
