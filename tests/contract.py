@@ -42,5 +42,7 @@ CONTRACT = {
     "net2net_both": Contract(
         Net2Net, {"every_n_steps": 5, "fraction": 0.5, "depth": True, "max_parameters": 400}, preserves=True
     ),
-    "magnitude_pruning": Contract(MagnitudePruning, {"every_n_steps": 4, "num_units": 2, "min_size": 2}, preserves=False),
+    "magnitude_pruning": Contract(
+        MagnitudePruning, {"every_n_steps": 4, "num_units": 2, "min_size": 2}, preserves=False
+    ),
 }

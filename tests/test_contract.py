@@ -138,7 +138,9 @@ def test_two_processes_equal_one(method, tmp_path, two_processes):
     sizes = [(event["step"], event["group"], event["after"]) for event in first["record"]["events"]]
     assert sizes == [(event.step, event.group, event.after) for event in callback.record.events]
     for key, value in state_of(single, run).items():
-        torch.testing.assert_close(first["state"][key], value, rtol=1e-7, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            first["state"][key], value, rtol=1e-7, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 def cli(folder, method, monkeypatch, **arguments):

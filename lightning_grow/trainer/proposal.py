@@ -13,7 +13,6 @@ from lightning_grow.structure.axes import Axis, AxisGroup, Stack
 from lightning_grow.structure.layout import entry_share
 from lightning_grow.surgery.edit import Edit
 
-
 _ROUND_OFF = 1e-9
 
 

@@ -20,7 +20,11 @@ def command(script: str, *arguments: object) -> list[str]:
 
 def environment(**extra: str) -> dict[str, str]:
     """Return the environment of a child process."""
-    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"} | extra
+    return (
+        os.environ
+        | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+        | extra
+    )
 
 
 def run_ranks(script: str, ranks: int, *arguments: object, timeout: float = 240) -> list[str]:

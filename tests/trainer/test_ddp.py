@@ -33,7 +33,9 @@ def test_statistics_are_summed_over_ranks(ranks, tmp_path):
     for name, total in ranks[1]["statistics"][0].items():
         assert torch.equal(total, seen[name])
     assert seen["count/fc1.weight"] == 16
-    assert all(torch.equal(value, ranks[1]["statistics"][1][name]) for name, value in state.items() if "norm" not in name)
+    assert all(
+        torch.equal(value, ranks[1]["statistics"][1][name]) for name, value in state.items() if "norm" not in name
+    )
 
 
 def test_ranks_end_bit_identical_with_accumulation_averaging_depth_and_verify(ranks):

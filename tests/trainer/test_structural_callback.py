@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
-from torch import nn
 
 from lightning_grow.criteria import GradientSums, sum_over_units
 from lightning_grow.growth import Net2Net
@@ -20,7 +19,7 @@ from lightning_grow.structure import StructureError
 from lightning_grow.structure.axes import tensor_of
 from lightning_grow.surgery import prune
 from lightning_grow.trainer import Proposal, StructuralCallback
-from tests.trainer.models import Perceptron, Residual, build, loader, trainer
+from tests.trainer.models import Perceptron, build, loader, trainer
 
 
 def fit(folder, *callbacks, module=None, data=None, **arguments):
