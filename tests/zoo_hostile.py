@@ -362,14 +362,14 @@ def recomputed_segment() -> nn.Module:
 def buffers_written_in_eval_mode() -> nn.Module:
     """A count of calls and a running mean of the input: looking at the model must not advance them."""
 
-    def centre(self: Any, h: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         self.calls.add_(1)
-        self.seen.mul_(0.9).add_(h.detach().mean(), alpha=0.1)
-        return torch.relu(h) + self.seen / self.calls
+        self.seen.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        return self.head(torch.relu(self.hidden(x - self.seen / self.calls)))
 
-    model = between(centre)
+    model = Model(forward, hidden=nn.Linear(5, 8), head=nn.Linear(8, 3))
     model.register_buffer("calls", torch.tensor(0))
-    model.register_buffer("seen", torch.zeros(1))
+    model.register_buffer("seen", torch.zeros(5))
     return model
 
 
@@ -431,3 +431,14 @@ def selected_rows() -> nn.Module:
         return self.head(h.index_select(0, (x[:, 0] > -9).nonzero().flatten()))
 
     return Model(forward, hidden=nn.Linear(5, 8), head=nn.Linear(8, 3))
+
+
+@entry(normal(6, 5), Width("both.weight[0] both.bias[0] decay[0]", 4, obstacle=True))
+def state_space() -> nn.Module:
+    """What writes to a state and what reads from it come from one projection: no half of it alone is the fan-out."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        write, read = self.both(x).chunk(2, -1)
+        return self.head((write * torch.exp(-self.decay.exp()) * read).sum(-1, keepdim=True))
+
+    return Model(forward, both=nn.Linear(5, 8), decay=weight(4), head=nn.Linear(1, 3))
