@@ -185,7 +185,7 @@ def test_wrong_arguments_are_named(arguments, message):
 def test_deeper_refuses_what_cannot_start_as_the_identity():
     """T1.7."""
     stack = Stack("blocks", ("blocks.0",), obstacle="a Tanh follows each block, and tanh(tanh(x)) is not tanh(x)")
-    with pytest.raises(StructureError, match="Cannot deepen 'blocks'.*tanh"):
+    with pytest.raises(StructureError, match=r"Cannot deepen 'blocks'.*tanh"):
         net2deeper(stack)
     with pytest.raises(ValueError, match="position from 0 to 1"):
         net2deeper(Stack("blocks", ("blocks.0",)), at=2)

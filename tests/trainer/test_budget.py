@@ -138,7 +138,7 @@ def test_shortening_to_nothing_leaves_nothing():
     group = STRUCTURE["0"]
     for edit in (net2wider(group, 4, spread=0.4), split(group, [1, 2]), widen(group, 3)):
         assert is_nothing(trimmed(edit, 6, {"0": 6, "2": 5}))
-    with pytest.raises(ValueError, match="goes from 6 to 9.* it cannot stop at 10"):
+    with pytest.raises(ValueError, match=r"goes from 6 to 9.* it cannot stop at 10"):
         trimmed(widen(group, 3), 10, {})
 
 

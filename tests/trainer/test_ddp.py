@@ -28,7 +28,7 @@ def test_ranks_that_disagree_are_told_and_nothing_has_changed(ranks):
 
 
 def test_statistics_are_summed_over_ranks(ranks, tmp_path):
-    """Eight windows of one global batch each: the sums of both ranks are those of one, up to the mean over the batch."""
+    """Eight batches on each of two ranks."""
     seen, state = ranks[0]["statistics"]
     for name, total in ranks[1]["statistics"][0].items():
         assert torch.equal(total, seen[name])
@@ -83,9 +83,14 @@ def test_an_unknown_wrapper_is_refused(tmp_path):
 def test_the_module_is_wrapped_again_even_if_editing_fails(tmp_path):
     run = trainer(tmp_path, max_epochs=1)
     run.fit(module := build(Perceptron), loader())
-    with pytest.raises(RuntimeError, match="no"), editing(run) as inner:
-        assert inner is module
-        raise RuntimeError("no")
+
+    def fails():
+        with editing(run) as inner:
+            assert inner is module
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        fails()
     assert run.strategy.model is module
 
 

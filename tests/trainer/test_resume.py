@@ -71,7 +71,7 @@ def test_any_checkpoint_of_the_run_fits_a_fresh_model(tmp_path, epoch):
 
 
 def test_weights_only_checkpoints_carry_the_shape_too(tmp_path):
-    run, module = fitted(tmp_path, Net2Net(every_n_steps=4, num_units=1, depth=True), save_weights_only=True)
+    _, module = fitted(tmp_path, Net2Net(every_n_steps=4, num_units=1, depth=True), save_weights_only=True)
     fresh = build(Residual)
     trainer(tmp_path, Net2Net()).test(fresh, loader(), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False)
     assert len(fresh.blocks) == len(module.blocks) > 2
@@ -132,7 +132,7 @@ def test_a_pending_plateau_survives(tmp_path):
 
 
 def test_a_model_is_loaded_without_a_trainer(tmp_path):
-    run, module = fitted(tmp_path, Net2Net(every_n_steps=4, num_units=1, depth=True))
+    _, module = fitted(tmp_path, Net2Net(every_n_steps=4, num_units=1, depth=True))
     loaded = lg.load_from_checkpoint(Residual, tmp_path / "epoch=2.ckpt")
     x = torch.randn(4, 4)
     with torch.no_grad():
@@ -165,17 +165,19 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_has_changed(tmp_pa
             super().__init__()
             self.head = nn.Linear(5, 3)
 
-    with pytest.raises(StructureError, match=r"another model: 'head.weight' has shape \(2, 6\).*Other has \(3, 5\)"):
+    module = build(Other)
+
+    def load():
         if loads == "load_from_checkpoint":
             lg.load_from_checkpoint(Other, path)
-        else:
-            module = build(Other)
-            saver = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
-            run = trainer(tmp_path, Net2Net(every_n_steps=4, num_units=1), saver, enable_checkpointing=True)
-            getattr(run, loads)(module, loader(), ckpt_path=path)
-    if loads != "load_from_checkpoint":
-        assert module.fc1.weight.shape == (6, 4)
-        assert module.fc1.out_features == 6
+        saver = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+        run = trainer(tmp_path, Net2Net(every_n_steps=4, num_units=1), saver, enable_checkpointing=True)
+        getattr(run, loads)(module, loader(), ckpt_path=path)
+
+    with pytest.raises(StructureError, match=r"another model: 'head.weight' has shape \(2, 6\).*Other has \(3, 5\)"):
+        load()
+    assert module.fc1.weight.shape == (6, 4)
+    assert module.fc1.out_features == 6
 
 
 def test_a_checkpoint_without_a_record_says_what_to_do(tmp_path):
@@ -194,7 +196,7 @@ def test_a_checkpoint_saved_before_growth_was_used_fits(tmp_path):
 
 
 def test_pruned_checkpoints_fit_the_larger_model(tmp_path):
-    run, module = fitted(tmp_path, MagnitudePruning(every_n_steps=4, num_units=2))
+    _, module = fitted(tmp_path, MagnitudePruning(every_n_steps=4, num_units=2))
     fresh = build(Residual)
     trainer(tmp_path, MagnitudePruning()).test(fresh, loader(), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False)
     assert fresh.blocks[0].up.out_features == module.blocks[0].up.out_features < 4

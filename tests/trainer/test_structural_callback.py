@@ -467,7 +467,7 @@ def test_a_parameter_with_a_hook_is_refused_before_training(tmp_path):
 
 def test_a_module_compiled_as_a_whole_is_refused(tmp_path):
     module = torch.compile(build(Perceptron), backend="eager")
-    with pytest.raises(MisconfigurationException, match="compiled as a whole.*inner modules"):
+    with pytest.raises(MisconfigurationException, match=r"compiled as a whole.*inner modules"):
         fit(tmp_path, Net2Net(), module=module)
 
 
