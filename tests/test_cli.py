@@ -194,7 +194,7 @@ def test_an_offline_wandb_run_has_losses_sizes_picture_and_final_widths(capfd):
     assert growing(*logger, "--report.ungrown=false") == 0
     import wandb
 
-    wandb.finish()
+    wandb.teardown()  # waits until everything is on disk
     capfd.readouterr()
     (path,) = Path("logs/wandb").glob("offline-run-*/run-*.wandb")
     logged, config = {}, {}
