@@ -161,20 +161,25 @@ class Repeats:
             owner = self._observer.owner.get(leaf)
             if owner not in (None, INPUT):
                 return None
-            dims = []
-            for raw in self._observer.dims(leaf):
-                known = self._observer.env.replace(raw)
-                dims.append(known if known.free_symbols <= set(call.symbols) else raw)
-            return "tensor", (dims, leaf.dtype, leaf.device, owner)
+            dims = [self._translatable(raw, call) for raw in self._observer.dims(leaf)]
+            return None if None in dims else ("tensor", (dims, leaf.dtype, leaf.device, owner))
         if isinstance(leaf, torch.SymInt):
-            return "size", self._observer.expr(leaf)
+            size = self._translatable(self._observer.expr(leaf), call)
+            return None if size is None else ("size", size)
         return ("value", leaf) if isinstance(leaf, _PLAIN) else None
+
+    def _translatable(self, raw: Expr, call: _Call) -> Expr | None:
+        """Return a size in symbols of which those of another call are known; None if there is no such form."""
+        known = {*call.symbols, *(r for r in call.raw if r.is_Symbol)}
+        forms = (self._observer.env.replace(raw), raw)
+        return next((form for form in forms if form.free_symbols <= known), None)
 
     def _again(self, first: _Seen, path: str, call: _Call) -> Any:
         symbols = dict(zip(first.raw, call.raw, strict=True)) | dict(zip(first.symbols, call.symbols, strict=True))
         symbols = {a: b for a, b in symbols.items() if a.is_Symbol}
         self._observer.repeat(first.start, first.end, symbols, (first.path, path))
-        self._observer.trace.used |= set(call.tensors) if set(first.tensors) <= self._observer.trace.used else set()
+        used = self._observer.trace.used
+        used |= {mine for theirs, mine in zip(first.tensors, call.tensors, strict=True) if theirs in used}
         self._engine.position += first.values_read
         made = []
         for kind, value in first.outputs:
