@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from lightning_grow.surgery.attributes import Change, described
 from lightning_grow.surgery.edit import Edit
 from lightning_grow.surgery.fill import edited
 from lightning_grow.surgery.optimizer_state import OptimizerMemory, plan_attributes
-from lightning_grow.surgery.plan import AxisMap, NewValues, TensorPlan, axis_map, value_source
+from lightning_grow.surgery.plan import AxisMap, NewValues, TensorPlan, axis_map, gather, value_source
 from lightning_grow.surgery.swap import Commit, check_swappable
 
 log = logging.getLogger(__name__)
@@ -132,15 +133,17 @@ def _commit(plan: ModelPlan, memories: Sequence[OptimizerMemory], new_state: str
         value = edited(planned.tensor, planned.name, planned.maps)
         tensor_plan = TensorPlan(planned.name, planned.maps, planned.tensor.shape, value)
         for memory in memories:
-            for container, key, state in memory.planned(planned.tensor, tensor_plan, new_state):
-                commit.item(container, key, state)
-        commit.tensor(planned.tensor, value, plan_attributes(planned.tensor, tensor_plan))
+            for change in memory.planned(planned.tensor, tensor_plan, new_state):
+                commit.item(*change)
+        inverse = tensor_plan.inverse if planned.tensor.is_contiguous() else None
+        restore = None if inverse is None else partial(gather, maps=inverse)
+        commit.tensor(planned.tensor, value, plan_attributes(planned.tensor, tensor_plan), restore)
     changed = [planned.tensor for planned in plan.tensors]
     for memory in memories:
-        for container, key, state in memory.shared_by(changed):
-            commit.item(container, key, state)
-    for change in plan.attributes:
-        commit.attribute(*change)
+        for change in memory.shared_by(changed):
+            commit.item(*change)
+    for attribute in plan.attributes:
+        commit.attribute(*attribute)
 
 
 def _edits(edits: Iterable[Edit]) -> dict[str, Edit]:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from lightning_grow.surgery.plan import AxisMap, gather
 
+_SAMPLE = 2**17
+
 
 def edited(tensor: Tensor, name: str, maps: tuple[AxisMap, ...]) -> Tensor:
     """Return a weight or buffer as it is after the edit.
@@ -142,6 +144,11 @@ def _fill_normal_(out: Tensor, tensor: Tensor, label: str, m: AxisMap) -> None:
 def _moments(tensor: Tensor) -> tuple[float, float]:
     """Return mean and standard deviation; from two sums, several times faster than torch.std, where digits allow."""
     observed = torch.view_as_real(tensor) if tensor.is_complex() else _wide(tensor)
+    if observed.numel() > _SAMPLE:  # evenly spaced slices tell enough of a large tensor
+        dim = max(range(observed.ndim), key=lambda d: (observed.shape[d], -d))
+        slices = max(2, _SAMPLE * observed.shape[dim] // observed.numel())
+        chosen = torch.linspace(0, observed.shape[dim] - 1, slices, device=observed.device).long()
+        observed = observed.index_select(dim, chosen)
     count = observed.numel()
     if count < 2:
         return float(observed.sum()), 0.0

@@ -103,6 +103,6 @@ class Membership:
                 commit.contents(nested.state, {**nested.state, **begun})
 
     def _forget_shared_(self, commit: Commit, changed: Sequence[Tensor]) -> None:
-        for container, key, state in self._memory.shared_by(changed):
-            commit.item(container, key, state)
+        for change in self._memory.shared_by(changed):
+            commit.item(*change)
         self._memory.report_resets()

@@ -18,10 +18,10 @@ import inspect
 import logging
 import numbers
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +55,10 @@ def plan_state(optimizer: Any, parameter: Tensor, plan: TensorPlan, new_state: s
         torch.Size([3])
     """
     memory = OptimizerMemory(optimizer)
-    for container, _, state in memory.planned(parameter, plan, new_state):
-        if container is optimizer.state:
+    for change in memory.planned(parameter, plan, new_state):
+        if change.container is optimizer.state:
             memory.report_resets()
-            return dict(state)
+            return dict(change.value)
     return {}
 
 
@@ -72,6 +72,22 @@ def plan_attributes(parameter: Tensor, plan: TensorPlan) -> dict[str, Tensor]:
             with contextlib.suppress(_OpaqueError):
                 followed[name] = _Follow(plan, "mean", kinds).content(value, name)
     return followed
+
+
+class Change(NamedTuple):
+    """What a place that belongs to a parameter becomes.
+
+    Attributes:
+        container: A mapping or list.
+        key: The place in it.
+        value: Its new content.
+        restore: Computes the old content from the new one, bit for bit; None if that is not possible.
+    """
+
+    container: Any
+    key: Any
+    value: Any
+    restore: Callable[[Any], Any] | None = None
 
 
 class OptimizerMemory:
@@ -103,9 +119,10 @@ class OptimizerMemory:
         for slot in state_slots(optimizer):
             self._slots.setdefault(id(slot.parameter), []).append(slot)
         self._resets: dict[str, list[str]] = {}
+        self._flat = self._places_of_all_parameters()
 
-    def planned(self, parameter: Tensor, plan: TensorPlan, new_state: str) -> list[tuple[Any, Any, Any]]:
-        """Return container, key and new content of each place that remembers something about a parameter."""
+    def planned(self, parameter: Tensor, plan: TensorPlan, new_state: str) -> list[Change]:
+        """Return what becomes of each place that remembers something about a parameter."""
         changes = []
         for slot in self._slots.get(id(parameter), []):
             content = slot.container[slot.key]
@@ -114,24 +131,24 @@ class OptimizerMemory:
             except _OpaqueError as reason:
                 self._resets.setdefault(str(reason), []).append(plan.name)
                 state = self._fresh(content, plan, parameter)
-            changes.append((slot.container, slot.key, state))
+            changes.append(Change(slot.container, slot.key, state, _restore(content, state, plan)))
         return changes
 
-    def shared_by(self, changed: Iterable[Tensor]) -> list[tuple[Any, Any, Any]]:
-        """Return container, key and new content of what the optimizer remembers about all parameters at once.
+    def shared_by(self, changed: Iterable[Tensor]) -> list[Change]:
+        """Return what becomes of what the optimizer remembers about all parameters at once.
 
         L-BFGS keeps flat vectors over all parameters under the first one: a change of any makes them meaningless.
         """
         if not {id(p) for p in self._parameters} & {id(p) for p in changed}:
             return []
-        changes: list[tuple[Any, Any, Any]] = [
-            (nested.__dict__, "_numel_cache", None)
+        changes = [
+            Change(nested.__dict__, "_numel_cache", None)
             for nested in nested_optimizers(self._optimizer)
             if "_numel_cache" in getattr(nested, "__dict__", {})
         ]
         for container, key, name in self._flat:
             self._resets.setdefault(f"'{name}' covers all parameters at once", []).append("all parameters")
-            changes.append((container, key, type(container[key])()))
+            changes.append(Change(container, key, type(container[key])()))
         return changes
 
     def report_resets(self) -> None:
@@ -164,9 +181,8 @@ class OptimizerMemory:
             kinds[name] = named[0] if named else observed_kind(name, pairs)
         return kinds
 
-    @cached_property
-    def _flat(self) -> list[tuple[Any, Any, str]]:
-        """Places with vectors over all parameters, or over a param group: container, key, name of the entry."""
+    def _places_of_all_parameters(self) -> list[tuple[Any, Any, str]]:
+        """Return places with vectors over all parameters, or over a param group: container, key, name of the entry."""
         totals = {sum(p.numel() for p in self._parameters)}
         totals |= {sum(p.numel() for p in g["params"]) for g in self._optimizer.param_groups if len(g["params"]) > 1}
         flat = []
@@ -207,6 +223,21 @@ def initial_state(optimizer: Any, parameter: Tensor, group: Mapping[str, Any]) -
 
 
 _COUNTS = (torch.int16, torch.int32, torch.int64)
+
+
+def _restore(content: Any, state: Any, plan: TensorPlan) -> Callable[[Any], Any] | None:
+    """Return a function that takes state back, where all that followed is of the parameter's shape."""
+    inverse = plan.inverse
+    if inverse is None or not isinstance(content, Mapping) or content.keys() != state.keys():
+        return None
+    followed = {key for key, value in content.items() if state[key] is not value}
+    if not all(_is_dense(content[key], plan.old_shape) for key in followed):
+        return None
+    return lambda now: _like(now, {k: gather(v, inverse) if k in followed else v for k, v in now.items()})
+
+
+def _is_dense(entry: Any, shape: torch.Size) -> bool:
+    return isinstance(entry, Tensor) and entry.shape == shape and entry.is_contiguous()
 
 
 class _OpaqueError(Exception):

@@ -101,6 +101,19 @@ class TensorPlan:
     old_shape: torch.Size
     value: Tensor
 
+    @cached_property
+    def inverse(self) -> tuple[AxisMap, ...] | None:
+        """The maps that take the edit back, bit for bit, or None where entries were dropped or multiplied."""
+        inverse = []
+        for m in self.maps:
+            kept = (m.index >= 0).nonzero().flatten()
+            back = torch.full((self.old_shape[m.dim],), -1)
+            back[m.index[kept]] = kept
+            if m.share is not None or bool((back < 0).any()):
+                return None
+            inverse.append(AxisMap(m.dim, m.role, back))
+        return tuple(inverse)
+
     @property
     def is_new(self) -> Tensor:
         """Return which entries are new: bool, broadcastable to the shape after the edit."""

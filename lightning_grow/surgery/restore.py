@@ -60,8 +60,8 @@ def resize_like_(
             for r in resized:
                 _exchange(commit, r, values.get(r.name), memories)
             for memory in memories:
-                for container, key, state in memory.shared_by([r.tensor for r in resized]):
-                    commit.item(container, key, state)
+                for place in memory.shared_by([r.tensor for r in resized]):
+                    commit.item(*place)
             for change in changes:
                 commit.attribute(*change)
             for change in following(kept):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from types import TracebackType
 from typing import Any
 
@@ -86,6 +86,10 @@ def _is_in_live_graph(tensor: Tensor) -> bool:
 class Commit:
     """A context in which exchanges are written down, and undone in reverse order if it is left by an exception.
 
+    What can be computed back from what replaced it (``restore``) is let go at once, so that an event needs little more
+    memory than the larger model. The largest tensor let go is kept until the end as a reserve: if memory runs out, it
+    makes room for taking everything back.
+
     Args:
         model: The model; what its modules keep of the tensors is renewed at the end.
         tensors: The parameters and buffers that will be exchanged.
@@ -99,6 +103,7 @@ class Commit:
             if any(id(t) in changed for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
         ]
         self._undo: list[Callable[[], object]] = []
+        self._reserve: dict[torch.device, Tensor] = {}
 
     def __enter__(self) -> Commit:
         for module in self._modules:
@@ -117,29 +122,40 @@ class Commit:
         else:
             self._roll_back()
 
-    def tensor(self, old: Tensor, value: Tensor, attributes: Mapping[str, Any] | None = None) -> None:
+    def tensor(
+        self,
+        old: Tensor,
+        value: Tensor,
+        attributes: Mapping[str, Any] | None = None,
+        restore: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         """Give ``old`` the content of ``value``: same object, dtype, flags and Python attributes; its gradient goes.
 
         Args:
             old: A parameter or buffer.
             value: Of any shape; it is used up.
             attributes: New values of some of its Python attributes.
+            restore: Computes the old content from the new one, bit for bit, if that is possible.
         """
         attributes = attributes or {}
         gradient = old.grad if old.is_leaf else None
         old.grad = None
         self._undo.append(lambda: setattr(old, "grad", gradient))
+        kept = dict(vars(old))
         if weakref.getweakrefs(old):
-            before, kept = old.data, dict(vars(old))
+            before = old.data
             old.data = value
             vars(old).update(attributes)
             self._undo.append(lambda: setattr(old, "data", before))
             self._undo.append(lambda: vars(old).update(kept))
             return
-        partner = torch.Tensor._make_subclass(type(old), value, old.requires_grad)
-        vars(partner).update({**vars(old), **attributes})
+        partner = _like(old, value, {**kept, **attributes})
         _exchange(old, partner)
-        self._undo.append(lambda: _exchange(old, partner))
+        if restore is None:
+            self._undo.append(lambda: _exchange(old, partner))
+        else:
+            self._undo.append(lambda: _exchange(old, _like(old, restore(old.detach()), kept)))
+            self._let_go(partner)
 
     def values(self, tensor: Tensor, value: Tensor) -> None:
         """Overwrite the values of a tensor of the same shape, in place."""
@@ -153,19 +169,43 @@ class Commit:
         setattr(module, name, value)
         self._undo.append(lambda: setattr(module, name, before))
 
-    def item(self, container: Any, key: Any, value: object) -> None:
-        """Set an item of a mapping or list."""
-        before = container[key]
-        container[key] = value
-        self._undo.append(lambda: container.__setitem__(key, before))
+    def item(self, container: Any, key: Any, value: Any, restore: Callable[[Any], Any] | None = None) -> None:
+        """Set an item of a mapping or list. An item that is a mapping itself stays the same object.
+
+        Args:
+            container: The mapping or list.
+            key: The place in it.
+            value: Its new content.
+            restore: Computes the old content from the new one, bit for bit, if that is possible.
+        """
+        item = container[key]
+        if not isinstance(item, MutableMapping):
+            container[key] = value
+            self._undo.append(lambda: container.__setitem__(key, item))
+            return
+        before = dict(item)
+        if restore is None:
+            self._undo.append(lambda: _refill(item, before))
+        else:
+            self._undo.append(lambda: _refill(item, restore(dict(item))))
+            for entry in before.values():
+                if isinstance(entry, Tensor):
+                    self._let_go(entry)
+        _refill(item, value)
 
     def contents(self, container: Any, contents: Any) -> None:
         """Replace all that a mapping or list holds; it stays the same object."""
-        before = container.copy()
+        before = list(container) if isinstance(container, list) else dict(container)
         self._undo.append(lambda: _refill(container, before))
         _refill(container, contents)
 
+    def _let_go(self, tensor: Tensor) -> None:
+        held = self._reserve.get(tensor.device)
+        if held is None or held.nbytes < tensor.nbytes:
+            self._reserve[tensor.device] = tensor
+
     def _roll_back(self) -> None:
+        self._reserve.clear()
         for undo in reversed(self._undo):
             undo()
         self._renew_caches()
@@ -175,12 +215,19 @@ class Commit:
             _renew_caches(module)
 
 
+def _like(old: Tensor, value: Tensor, attributes: Mapping[str, Any]) -> Tensor:
+    partner = torch.Tensor._make_subclass(type(old), value, old.requires_grad)
+    vars(partner).update(attributes)
+    return partner
+
+
 def _overwrite(tensor: Tensor, value: Tensor) -> None:
     with torch.no_grad():
         tensor.copy_(value)
 
 
 def _refill(container: Any, contents: Any) -> None:
+    contents = contents.copy()
     container.clear()
     container.extend(contents) if isinstance(container, list) else container.update(contents)
 

@@ -106,7 +106,7 @@ def test_an_edit_that_fails_in_the_middle_leaves_everything_bit_identical(data: 
     edits = [draw_edit(data, case, name) for name in ("0", "2")]
     before = snapshot(case.model, case.optimizer)
     states = dict(case.optimizer.state)
-    objects = {(p, k): v for p, s in states.items() for k, v in s.items()}
+    steps = {p: s["step"] for p, s in states.items()}
     fuse = data.draw(st.integers(0, 30))
     burnt = 0
 
@@ -131,7 +131,7 @@ def test_an_edit_that_fails_in_the_middle_leaves_everything_bit_identical(data: 
         except InjectedError:
             assert_same(snapshot(case.model, case.optimizer), before)
             assert all(case.optimizer.state[p] is s for p, s in states.items())
-            assert all(case.optimizer.state[p][k] is v for (p, k), v in objects.items())
+            assert all(case.optimizer.state[p]["step"] is step for p, step in steps.items())
             case.train()
 
 
