@@ -120,6 +120,14 @@ class StructuralCallback(pl.Callback, ABC):
         self.verify = verify
         self.verbose = verbose
 
+        # the Trainer asks for the key at every hook of every step
+        self._state_key = self._generate_state_key(
+            every_n_steps=every_n_steps,
+            every_n_epochs=every_n_epochs,
+            at_steps=at_steps,
+            on_plateau=on_plateau,
+            groups=groups,
+        )
         self._run = Run()
         self._restorer: Restorer | None = None
         self._plateau = Plateau()
@@ -164,14 +172,7 @@ class StructuralCallback(pl.Callback, ABC):
     @property
     @override
     def state_key(self) -> str:
-        trigger = self.trigger
-        return self._generate_state_key(
-            every_n_steps=trigger.every_n_steps,
-            every_n_epochs=trigger.every_n_epochs,
-            at_steps=trigger.at_steps,
-            on_plateau=trigger.on_plateau,
-            groups=self.groups,
-        )
+        return self._state_key
 
     # -- before training -------------------------------------------------------------------------------------------
 
