@@ -46,12 +46,12 @@ def gru_of_two_layers_and_directions() -> nn.Module:
 
 @entry(
     normal(4, 2, 5),
-    Width("cell.weight_hh_l0[0] cell.weight_hr_l0[1] cell.weight_ih_l1[0] cell.weight_hr_l1[1]", 7),
+    Width("cell.weight_hh_l0[0] cell.weight_hr_l0[1] cell.weight_ih_l1[0] cell.weight_hr_l1[1]", 9),
     Width("cell.weight_hh_l0[1] cell.weight_hr_l0[0] cell.weight_ih_l1[1] cell.weight_hr_l1[0] head.weight[1]", 3),
 )
 def lstm_with_projection() -> nn.Module:
     """What flows back and on is a projection of the hidden units, of a size of its own."""
-    cell = nn.LSTM(5, 7, num_layers=2, proj_size=3)
+    cell = nn.LSTM(5, 9, num_layers=2, proj_size=3)
     return Model(lambda self, x: self.head(self.cell(x)[0]), cell=cell, head=nn.Linear(3, 2))
 
 
