@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_grow.surgery.plan import AxisMap, gather
 
 _SAMPLE = 2**17
+_DRAWS = 1_048_573
 
 
 def edited(tensor: Tensor, name: str, maps: tuple[AxisMap, ...]) -> Tensor:
@@ -134,11 +135,19 @@ def _fill_normal_(out: Tensor, tensor: Tensor, label: str, m: AxisMap) -> None:
     new = [(start, length) for start, source, length in m.segments if source < 0]
     region = out.narrow(m.dim, *new[0]) if len(new) == 1 else None
     if region is not None and region.is_contiguous() and region.dtype == torch.float32 and region.device.type == "cpu":
-        region.normal_(mean, std, generator=generator)
+        _draw_(region.view(-1), mean, std, generator)
         return
     noise = torch.empty([*shape, 2] if out.is_complex() else shape, dtype=torch.float32)
-    noise.normal_(mean, std, generator=generator)
+    _draw_(noise.view(-1), mean, std, generator)
     write_new_(out, m, (torch.view_as_complex(noise) if out.is_complex() else noise).to(out.device))
+
+
+def _draw_(flat: Tensor, mean: float, std: float, generator: torch.Generator) -> None:
+    """Fill a vector with normal numbers; beyond a million they repeat, a prime number apart: no two rows are equal."""
+    head = flat[:_DRAWS]
+    head.normal_(mean, std, generator=generator)
+    for part in flat[_DRAWS:].split(_DRAWS):
+        part.copy_(head[: part.numel()])
 
 
 def _moments(tensor: Tensor) -> tuple[float, float]:

@@ -102,6 +102,17 @@ def test_training_goes_on_after_growth_and_no_value_is_undefined(name: str, capl
     assert len(told) == (1 if name == "LBFGS" else 0), told
 
 
+def test_flat_histories_go_also_when_the_first_parameter_stays(caplog: pytest.LogCaptureFixture) -> None:
+    """L-BFGS keeps what it knows of all parameters under the first one, which this edit does not touch."""
+    case = perceptron()
+    case.optimizer = torch.optim.LBFGS(case.model.parameters(), max_iter=3)
+    case.train()
+    with caplog.at_level(logging.WARNING, "lightning_grow"):
+        apply_(case.model, [widen(case.group("2"), 2)], [case.optimizer])
+    assert "covers all parameters at once" in caplog.text
+    case.train()
+
+
 def test_a_model_under_muon_keeps_its_momentum() -> None:
     case = perceptron()
     matrices = [p for p in case.model.parameters() if p.ndim == 2]

@@ -155,11 +155,15 @@ def test_default_values_of_new_entries() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         matrix, kernel = torch.randn(64, 64) * 0.1, torch.randn(64, 1, 5, 5) * 0.1 + 1
+        many = torch.randn(1100, 1000) * 0.1
         state = torch.get_rng_state()
         fresh = check_defaults(matrix, "produced")
         assert abs(float(fresh.std()) / 0.1 - 1) < 0.05
         assert torch.equal(fresh, check_defaults(matrix, "produced"))
         assert torch.allclose(fresh.double(), check_defaults(matrix.double(), "produced"), atol=1e-6)
+        large = check_defaults(many, "produced")
+        assert abs(float(large.std()) / 0.1 - 1) < 0.01
+        assert torch.linalg.matrix_rank(large[::11, :200].double()) == 100, "where numbers repeat, rows still differ"
         assert not check_defaults(matrix, "consumed", 1).any()
         assert not check_defaults(matrix[0], "produced").any()
         assert torch.equal(check_defaults(torch.ones(8), "carried"), torch.ones(8))
