@@ -2,13 +2,14 @@
 
 Some kernels ask for plain numbers where symbols would do (padding, interpolation, unfolding), others have no working
 fake. Such an operator is run on tensors without values of the present sizes, and again with one unit count changed at a
-time. If every output size is then a linear function of the unit counts, that function is the answer.
+time (or two together, where the operator wants them equal). If every output size is then a linear function of the
+unit counts, that function is the answer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from fractions import Fraction
 from typing import Any, Protocol
@@ -35,6 +36,9 @@ class Sizes(Protocol):
     def hint(self, expr: Expr, changed: Mapping[Expr, int]) -> int:
         """Return the number that an expression has now, with some symbols changed."""
 
+    def equate(self, one: Expr, other: Expr) -> None:
+        """Note that a symbol equals an expression."""
+
     def symbolic(self, terms: Mapping[Expr, Fraction], constant: Fraction) -> Any:
         """Return ``sum(c*s) + constant`` as a size."""
 
@@ -48,7 +52,7 @@ def probe(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         kwargs: Its keyword arguments.
         sizes: The engine.
     """
-    symbols = sorted(_symbols((args, kwargs), sizes), key=str)
+    symbols = sorted({s for d in _dims((args, kwargs), sizes) for s in d.free_symbols}, key=str)
     if not symbols:
         return None
     for real in (False, True):
@@ -62,13 +66,34 @@ def probe(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if not inputs or not any(isinstance(leaf, Tensor) for leaf in leaves):
         return None
     slopes: dict[Expr, list[tuple[Fraction, ...]]] = {}
-    for symbol in symbols:
-        found = _slopes(func, args, kwargs, sizes, symbol, leaves, real)
-        if found is None:
+    while symbols:
+        symbol = symbols.pop(0)
+        for tied in _ties(symbol, _dims((args, kwargs), sizes), sizes):
+            found = _slopes(func, args, kwargs, sizes, symbol, tied, leaves, real)
+            if found is not None:
+                break
+        else:
             return None
         slopes[symbol] = found
+        for other, expr in tied.items():
+            sizes.equate(other, expr)
+            if other in symbols:
+                symbols.remove(other)
     device = inputs[0].device
     return pytree.tree_unflatten([_result(leaf, i, slopes, sizes, device) for i, leaf in enumerate(leaves)], spec)
+
+
+def _ties(symbol: Expr, dims: set[Expr], sizes: Sizes) -> Iterator[dict[Expr, Expr]]:
+    """Yield what might have to follow a unit count: nothing, one size as large as one of its own, all of those."""
+    yield {}
+    mine = [d for d in dims if symbol in d.free_symbols]
+    others = [d for d in dims if d.is_Symbol and d != symbol]
+    pairs = [(o, d) for o in others for d in mine if sizes.hint(o, {}) == sizes.hint(d, {})]
+    pairs = sorted(pairs, key=str)
+    for other, expr in pairs:
+        yield {other: expr}
+    if len(pairs) > 1:
+        yield dict(pairs)
 
 
 def _slopes(
@@ -77,14 +102,17 @@ def _slopes(
     kwargs: dict[str, Any],
     sizes: Sizes,
     symbol: Expr,
+    tied: Mapping[Expr, Expr],
     leaves: list[Any],
     real: bool,
 ) -> list[tuple[Fraction, ...]] | None:
-    """Return how much each output size grows with a unit count; None if not in proportion."""
+    """Return how much each output size grows with a unit count and what is tied to it; None if not in proportion."""
     now = sizes.hint(symbol, {})
     seen: list[list[tuple[Fraction, ...]]] = []
     for delta in (*_TRIES, now, 2 * now):
-        out = _run(func, args, kwargs, sizes, {symbol: now + delta}, real)
+        changed = {symbol: now + delta}
+        changed |= {other: sizes.hint(expr, changed) for other, expr in tied.items()}
+        out = _run(func, args, kwargs, sizes, changed, real)
         if out is None:
             continue
         others = pytree.tree_leaves(out)
@@ -115,12 +143,11 @@ def _result(
     return torch.empty(shape, dtype=leaf.dtype, device=device)
 
 
-def _symbols(tree: Any, sizes: Sizes) -> set[Expr]:
+def _dims(tree: Any, sizes: Sizes) -> set[Expr]:
     found: set[Expr] = set()
     for leaf in pytree.tree_leaves(tree):
         values = leaf.shape if isinstance(leaf, Tensor) else [leaf] if isinstance(leaf, torch.SymInt) else []
-        for size in values:
-            found |= sizes.expr(size).free_symbols
+        found |= {sizes.expr(size) for size in values}
     return found
 
 

@@ -82,6 +82,12 @@ class _Env(ShapeEnv):
         """Return a context in which tensors are ordinary ones."""
         return unset_fake_temporarily()
 
+    def equate(self, one: Expr, other: Expr) -> None:
+        """Note that a symbol equals an expression."""
+        sizes = [self.create_symintnode(expr, hint=self.hint(expr, {})) for expr in (one, other)]
+        if sizes[0] != sizes[1]:
+            raise RuntimeError(f"{one} and {other} cannot be equal")
+
     def symbolic(self, terms: Mapping[Expr, Fraction], constant: Fraction) -> Any:
         """Return ``sum(c*s) + constant`` as a size."""
         bottom = math.lcm(constant.denominator, *(c.denominator for c in terms.values()))
@@ -99,7 +105,7 @@ class _Env(ShapeEnv):
     def _resimplify_floor_div_axioms(self, value: bool) -> None:
         pass
 
-    # Bounds that are true of the present sizes only would fix widths: ``8*a // b == 8`` does, where ``a == b`` is meant.
+    # Bounds true of the present sizes only would fix widths: ``8*a // b == 8`` does, where ``a == b`` is meant.
     def _refine_ranges(self, expr: Expr) -> None:
         pass
 

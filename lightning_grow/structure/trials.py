@@ -165,7 +165,11 @@ class Trials:
         return True
 
 
-_WAYS = ((torch.float64, True, 1.0), (torch.float64, True, 0.1), (torch.float64, False, 0.1), (None, False, 0.1))
+_WAYS = [
+    (dtype, keep, s)
+    for dtype, keep in ((torch.float64, True), (torch.float64, False), (None, False))
+    for s in (1.0, 0.1)
+]
 """Precision, whether to skip casts to a lower one, and how much to perturb weights: the first that runs is taken."""
 
 

@@ -9,7 +9,7 @@ groups that belong together cannot hide it; only when a joint trial fails are th
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lightning_grow.structure.axes import AxisGroup, Layout
 from lightning_grow.structure.trials import Trials
+
+_STEPS = (2, 4, 8, 16)
 
 Plan = Callable[[AxisGroup], tuple[Tensor, Tensor]]
 """Index and shares, as in an edit, for a group."""
@@ -83,9 +85,25 @@ def try_each(trials: Trials, groups: Sequence[AxisGroup], plan: Plan, exact: boo
     return try_each(trials, groups[:half], plan, exact) | try_each(trials, groups[half:], plan, exact)
 
 
+def _told_apart(groups: Sequence[AxisGroup]) -> Iterator[list[AxisGroup]]:
+    """Yield sets of groups, together all, so that any two of one size are apart in some: else they could be one."""
+    of_size: dict[int, list[AxisGroup]] = {}
+    for group in groups:
+        of_size.setdefault(group.size, []).append(group)
+    code = {g.name: i for same in of_size.values() for i, g in enumerate(same)}
+    bits = max((len(same) - 1).bit_length() for same in of_size.values()) if groups else 0
+    if not bits:
+        yield list(groups)
+    for bit in range(bits):
+        for value in (0, 1):
+            yield [g for g in groups if code[g.name] >> bit & 1 == value]
+
+
 def _unordered(trials: Trials, groups: Sequence[AxisGroup]) -> dict[str, str]:
     """Return the groups whose order of units matters."""
-    failed = try_each(trials, groups, _exchanged, exact=True)
+    failed: dict[str, str] = {}
+    for part in _told_apart(groups):
+        failed |= try_each(trials, [g for g in part if g.name not in failed], _exchanged, exact=True)
     rest = [g for g in groups if g.name not in failed and g.size > 2]
     return failed | try_each(trials, rest, _rotated, exact=True)
 
@@ -142,6 +160,7 @@ def judge(
     rest = [g for g in groups if g.name not in failed]
     failed |= {n: e or "copies" for n, e in try_each(trials, rest, _split, exact=True).items()}
     broken = {n: e for n, e in failed.items() if e and e != "copies"}
+    groups, broken, failed = _in_larger_steps(trials, groups, broken, failed)
     runnable = [g for g in groups if g.name not in broken]
     broken |= try_each(trials, [g for g in runnable if g.size > g.step], _pruned, exact=False)
     judged = []
@@ -154,6 +173,25 @@ def judge(
             obstacle = mixing.get(g.name, why)
         judged.append(replace(g, obstacle=obstacle))
     return judged, {n: f"resizing fails ({e})" for n, e in broken.items()}
+
+
+def _in_larger_steps(
+    trials: Trials, groups: Sequence[AxisGroup], broken: dict[str, str], failed: dict[str, str]
+) -> tuple[list[AxisGroup], dict[str, str], dict[str, str]]:
+    """Give groups that cannot grow by one unit the smallest power of two by which they can: kernels that align rows."""
+    stepped = {g.name: g for g in groups}
+    for name in list(broken):
+        for step in _STEPS:
+            candidate = replace(stepped[name], step=step)
+            error = try_each(trials, [candidate], _widened, exact=True).get(name)
+            if error is None or not error:
+                stepped[name] = candidate
+                del broken[name], failed[name]
+                failed |= {} if error is None else {name: ""}
+                copies = try_each(trials, [candidate], _split, exact=True) if error is None else {}
+                failed |= dict.fromkeys(copies, "copies")
+                break
+    return list(stepped.values()), broken, failed
 
 
 def _with_closing_axes(trials: Trials, group: AxisGroup) -> AxisGroup:
