@@ -69,6 +69,7 @@ class Trace:
         origins: The operator and the module at which each fact was found.
         used: Names of the tensors that took part in an operation.
         looked_up: Raw symbols of axes along which an operator looks entries up by their index.
+        opaque: Sizes that go into modules that cannot be traced, and which.
     """
 
     symbols: dict[tuple[str, int], Expr] = field(default_factory=dict)
@@ -86,6 +87,7 @@ class Trace:
     origins: dict[Expr, tuple[str, str]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     looked_up: set[Expr] = field(default_factory=set)
+    opaque: list[tuple[Expr, str]] = field(default_factory=list)
 
 
 Mark = tuple[int, ...]

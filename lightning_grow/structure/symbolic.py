@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -211,6 +211,31 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
+def record_outputs(model: nn.Module, call: Callable[[], Any], paths: Iterable[str]) -> dict[str, list[Any]]:
+    """Run the model on data, and return what some of its modules returned, call by call: sizes in place of tensors.
+
+    Raises:
+        Exception: Whatever the model raises. The model is unchanged then, too.
+    """
+    outputs: dict[str, list[Any]] = {path: [] for path in paths}
+
+    def recorder(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            made = pytree.tree_map_only(Tensor, lambda t: _Made(tuple(t.shape), t.dtype, t.device), output)
+            outputs[path].append(made)
+
+        return hook
+
+    with unchanged(model), _plain_kernels(), torch.no_grad():
+        handles = [model.get_submodule(path).register_forward_hook(recorder(path)) for path in outputs]
+        try:
+            call()
+        finally:
+            for handle in handles:
+                handle.remove()
+    return outputs
+
+
 def record(model: nn.Module, call: Callable[[], Any]) -> list[Any]:
     """Run the model on data, in the mode that it is in, and return what it reads from tensors, in order.
 
@@ -277,6 +302,7 @@ def run(
     pretended: Mapping[tuple[str, int], int],
     inputs: Sequence[Tensor] = (),
     replay: Sequence[Any] | None = None,
+    opaque: Mapping[str, Sequence[Any]] | None = None,
 ) -> Trace:
     """Run ``call`` once with symbolic sizes and return what was seen.
 
@@ -289,6 +315,7 @@ def run(
         pretended: Sizes to run with in the place of the model's own, by ``(tensor, dim)``: a width of one unit cannot
             be told from an axis that broadcasts, a width of more can.
         inputs: Tensors that the call closes over: fixed sizes, and known as the model's input.
+        opaque: Modules that are not run, with what they returned on data (`record_outputs`).
         replay: What the model reads from tensors, as `record` returned it; None if it is not to read any.
 
     Raises:
@@ -313,6 +340,8 @@ def run(
         swap_in(model, fakes)
         _bind(model, mode, fakes, bound, trace)
         Repeats(observer, mode).install(model)
+        for path, outputs in (opaque or {}).items():
+            model.get_submodule(path).__dict__["forward"] = _opaque(path, outputs, observer)
         stack.enter_context(_watched(model, observer))
         stack.enter_context(_plain_kernels())
         stack.enter_context(_Probing(mode))
@@ -329,6 +358,18 @@ def run(
         trace.outputs |= {d for t in tensors_in(outputs) for d in observer.dims(t)}
     observer.finish()
     return trace
+
+
+def _opaque(path: str, outputs: Sequence[Any], observer: Observer) -> Callable[..., Any]:
+    """Return a forward that gives back tensors of the sizes that a module returned on data, call by call."""
+    left = iter(outputs)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        for tensor in tensors_in((args, kwargs)):
+            observer.trace.opaque += [(dim, path) for dim in observer.dims(tensor)]
+        return pytree.tree_map_only(_Made, lambda m: torch.empty(m.shape, dtype=m.dtype, device=m.device), next(left))
+
+    return forward
 
 
 def _pretend(name: str, tensor: Tensor, sizes: Mapping[tuple[str, int], int]) -> Tensor:

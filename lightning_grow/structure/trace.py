@@ -24,7 +24,7 @@ from lightning_grow.structure.observe import Bound, Trace
 from lightning_grow.structure.resolve import Resolver
 from lightning_grow.structure.solve import Solution
 from lightning_grow.structure.stacks import find_stacks
-from lightning_grow.structure.symbolic import Source, UntraceableError, record, run
+from lightning_grow.structure.symbolic import Source, UntraceableError, record, record_outputs, run
 from lightning_grow.structure.trials import Trials, UnrunnableError
 from lightning_grow.structure.verify import choose_layouts, judge
 
@@ -99,6 +99,8 @@ class _Tracer:
         self.narrow: dict[tuple[str, int], int] = {}
         self.replay: list[Any] | None = None
         self.written: set[str] = set()
+        self.opaque: dict[str, list[Any]] = {}
+        self.failures: dict[str, str] = {}
 
     def structure(self) -> Structure:
         bound = self._kept_by_torch() | self._own_sizes()
@@ -120,6 +122,9 @@ class _Tracer:
             try:
                 proposal = _Proposal(self, self._run(bound, narrow))
             except UntraceableError as error:
+                if not narrow and self._closed(error):
+                    narrow = dict.fromkeys(self._axes_of_one(), _PRETENDED)
+                    continue
                 if not narrow:
                     raise StructureError(
                         f"{type(self.model).__name__} cannot be traced: {error} (in '{error.path or 'forward'}'). Its "
@@ -134,6 +139,24 @@ class _Tracer:
                     return proposal
             for key in drop:
                 del narrow[key]
+
+    def _closed(self, error: UntraceableError) -> bool:
+        """Close a module that cannot be traced, and others of its class: they are not run, and nothing in them varies.
+
+        Returns whether there was one to close.
+        """
+        failing = self.modules.get(error.path)
+        if failing is None or failing is self.model or error.path in self.opaque:
+            return False
+        paths = [p for p, m in self.modules.items() if type(m) is type(failing) and m is not self.model]
+        try:
+            recorded = record_outputs(self.model, lambda: self.call(*self.args, **self.kwargs), {*paths, *self.opaque})
+        except Exception:  # the model's own code: anything can happen
+            return False
+        log.info("'%s' and all other %s stay as they are: %s", error.path, type(failing).__name__, error)
+        self.opaque = recorded
+        self.failures |= dict.fromkeys(paths, f"{type(failing).__name__} cannot be traced ({error})")
+        return True
 
     def _axes_of_one(self) -> list[tuple[str, int]]:
         """Return the axes of size 1 in torch's own modules that could be widths of one unit."""
@@ -156,7 +179,7 @@ class _Tracer:
             return self.call(*self.args, **self.kwargs)
 
         def attempt() -> Trace:
-            return run(self.model, call, self._static, bound, narrow, tensors, self.replay)
+            return run(self.model, call, self._static, bound, narrow, tensors, self.replay, self.opaque)
 
         try:
             return attempt()
@@ -169,8 +192,13 @@ class _Tracer:
                 raise error from failure
             return attempt()
 
+    def closed_by(self, name: str) -> str | None:
+        """Return why a tensor lies in a module that is not traced, or None."""
+        inside = (p for p in self.failures if name.startswith(f"{p}."))
+        return next((self.failures[p] for p in inside), None)
+
     def _static(self, name: str, tensor: Tensor) -> Sequence[int]:
-        if not tensor.is_floating_point() and not tensor.is_complex():
+        if (not tensor.is_floating_point() and not tensor.is_complex()) or self.closed_by(name) is not None:
             return range(tensor.ndim)
         owner = self.modules.get(name.rpartition(".")[0])
         if isinstance(owner, nn.modules.conv._ConvNd) or tensor.ndim >= 4:
@@ -323,6 +351,8 @@ class _Proposal:
         solution.solve(seen.facts, seen.divisible)
         for expr in seen.outputs:
             solution.fix(expr, "model output")
+        for expr, path in seen.opaque:
+            solution.fix(expr, f"goes into '{path}', which cannot be traced")
         for expr in sorted(seen.looked_up, key=str):
             solution.fix(expr, "its entries are looked up by their index")
         for raw in seen.symbols.values():
@@ -380,7 +410,10 @@ class _Proposal:
         for (tensor, dim), raw in self.seen.sizes.items():
             label = f"{tensor}[{dim}]"
             expr = sizes.get((tensor, dim))
-            if tensor not in self.seen.used:
+            closed = self.tracer.closed_by(tensor)
+            if closed is not None:
+                self.pinned[label] = closed
+            elif tensor not in self.seen.used:
                 self.pinned[label] = "not used by the forward pass"
             elif expr is None:
                 self.pinned[label] = self._why_static(tensor, dim)
