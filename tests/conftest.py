@@ -4,6 +4,9 @@ import matplotlib as mpl
 import pytest
 import torch
 
+# Programs that tests start, not tests.
+collect_ignore_glob = ["*/*_worker.py"]
+
 torch.set_num_threads(1)
 mpl.use("Agg")
 
