@@ -146,7 +146,7 @@ def _draw_(flat: Tensor, mean: float, std: float, generator: torch.Generator) ->
     """Fill a vector with normal numbers; beyond a million they repeat, a prime number apart: no two rows are equal."""
     head = flat[:_DRAWS]
     head.normal_(mean, std, generator=generator)
-    for part in flat[_DRAWS:].split(_DRAWS):
+    for part in torch.split(flat[_DRAWS:], _DRAWS):
         part.copy_(head[: part.numel()])
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 import numbers
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -257,7 +258,7 @@ class _Follow:
         if isinstance(content, Tensor):
             return self._tensor(content, name)
         if isinstance(content, Mapping):
-            return _like(content, {k: self.content(v, str(k)) for k, v in content.items()})
+            return _like(content, _kept_products(content, {k: self.content(v, str(k)) for k, v in content.items()}))
         if isinstance(content, (list, tuple, deque)):
             return _like(content, [self.content(entry, name) for entry in content])
         if (
@@ -289,7 +290,9 @@ class _Follow:
     def _shaped(self, state: Tensor, kind: Kind, dims: tuple[int | None, ...]) -> Tensor:
         """Return state whose dimensions are dimensions of the parameter (None: of their own, or averaged away)."""
         maps = tuple(replace(m, dim=dims.index(m.dim)) for m in self._plan.maps if m.dim in dims)
-        is_mean = kind.new == "always mean" or (kind.new == "mean" and self._new_state == "mean")
+        is_factor = {d for d in dims if d is not None} != set(range(len(self._plan.old_shape)))
+        wants_mean = self._new_state == "mean" or is_factor  # a zero factor would silence the squares of old units, too
+        is_mean = kind.new == "always mean" or (kind.new == "mean" and wants_mean)
         is_mean = is_mean and state.dtype not in _COUNTS
         out = gather(state, maps, zero_new=not is_mean)
         if kind.new == "weight":
@@ -338,6 +341,28 @@ def _parameter_dims(
     if extra > 0 and shape[extra:] == old_shape and not set(shape[:extra]) & {old_shape[d] for d in edited}:
         return (*(None,) * extra, *range(ndim))
     return None
+
+
+def _kept_products(before: Mapping[Any, Any], after: dict[Any, Any]) -> dict[Any, Any]:
+    """Rescale factored squares so that their products stay what they were, where units left or share.
+
+    Rows ``r`` and columns ``c`` stand for ``r c / mean(r)``, and each is a mean over the other: where the mean of the
+    rows has changed, the columns change with it, and the other way round.
+    """
+    pairs = [(k, k.replace("row", "col")) for k in before if isinstance(k, str) and "row" in k]
+    for row, column in ((r, c) for r, c in pairs if c in before):
+        tensors = (before[row], before[column], after[row], after[column])
+        if not all(isinstance(t, Tensor) and t.is_floating_point() and t.ndim <= 2 for t in tensors):
+            continue
+        old_rows, old_columns, rows, columns = (t.double().mean() for t in tensors)
+        after[row] = _scaled(after[row], float(columns / old_columns))
+        after[column] = _scaled(after[column], float(rows / old_rows))
+    return after
+
+
+def _scaled(tensor: Tensor, ratio: float) -> Tensor:
+    """Multiply, unless the ratio is 1 to rounding or undefined."""
+    return tensor * ratio if 0 < ratio < math.inf and abs(ratio - 1) > 1e-5 else tensor
 
 
 def _tensors(content: Any, name: str) -> list[tuple[str, Tensor]]:

@@ -102,6 +102,26 @@ def test_training_goes_on_after_growth_and_no_value_is_undefined(name: str, capl
     assert len(told) == (1 if name == "LBFGS" else 0), told
 
 
+def test_factored_squares_of_what_stays_stay_what_they_were() -> None:
+    case = perceptron()
+    case.optimizer = torch.optim.Adafactor(case.model.parameters())
+    case.train(6)
+    weight = case.model[2].weight
+
+    def squares() -> Tensor:
+        state = case.optimizer.state[weight]
+        return state["row_var"] @ state["col_var"] / state["row_var"].mean()
+
+    before = squares()
+    apply_(case.model, [prune(case.group("0"), [0, 4]), prune(case.group("2"), [1])], [case.optimizer])
+    torch.testing.assert_close(squares(), before[[0, 2, 3, 4]][:, [1, 2, 3, 5]])
+    before = squares()
+    edit = split(case.group("2"), [0])
+    apply_(case.model, [edit], [case.optimizer])
+    share = torch.tensor(edit.share, dtype=torch.float64)
+    torch.testing.assert_close(squares(), before[list(edit.index)] * share.square()[:, None])
+
+
 def test_flat_histories_go_also_when_the_first_parameter_stays(caplog: pytest.LogCaptureFixture) -> None:
     """L-BFGS keeps what it knows of all parameters under the first one, which this edit does not touch."""
     case = perceptron()
