@@ -57,6 +57,11 @@ def chosen(names: Iterable[str], patterns: Sequence[str] | None) -> list[str]:
     return [name for name in names if _matches(name, includes) and not _matches(name, excludes)]
 
 
+def chosen_groups(structure: Structure, patterns: Sequence[str] | None) -> list[AxisGroup]:
+    """Return the groups that glob patterns select, without those whose units nothing consumes: they are outputs."""
+    return [group for name in chosen(structure.groups, patterns) if (group := structure[name]).with_role("consumed")]
+
+
 def check_patterns(structure: Structure, patterns: Sequence[str] | None) -> None:
     """Raise if a pattern matches no group and no stack.
 

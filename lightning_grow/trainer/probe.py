@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_grow.structure import Structure, StructureError, trace, trace_call
+
+log = logging.getLogger(__name__)
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -45,7 +49,7 @@ def trace_module(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, ba
         attempts.append(("forward(example_input_array)", lambda probe: trace(probe, *args, **kwargs)))
     with contextlib.suppress(StructureError):
         step = _step_arguments(module, batch, batch_idx)
-        attempts.append(("training_step(first batch)", lambda probe: trace_call(probe, probe.training_step, *step)))
+        attempts.append(("training_step(first batch)", lambda probe: trace_call(probe, _Step(probe), *step)))
     reasons = []
     for name, attempt in attempts:
         for mode in ("train", "eval"):
@@ -81,12 +85,25 @@ def step_outputs(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, ba
         for inner in (probe, *probe.children()):
             inner.register_forward_hook(remember)
         with _run_eagerly(), trainer.precision_plugin.train_step_context():
-            returned = probe.training_step(*_step_arguments(module, batch, batch_idx))
+            returned = _Step(probe)(*_step_arguments(module, batch, batch_idx))
     return [t.detach().to("cpu", torch.float64) for t in _tensors([returned, seen.get(True, seen.get(False))])]
 
 
-def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Return the largest absolute difference of outputs; infinite if their shapes differ."""
+def outputs_if_possible(
+    trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
+) -> list[Tensor] | None:
+    """Do as `step_outputs`; None, with a line in the log, where a step cannot be run on the side."""
+    try:
+        return step_outputs(trainer, module, batch, batch_idx)
+    except Exception as error:  # noqa: BLE001  (the user's own step: anything can happen)
+        rank_zero_only(log.warning)("`verify` could not run a step on a copy: %s", error)
+        return None
+
+
+def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor] | None) -> float | None:
+    """Return the largest absolute difference of outputs; infinite if their shapes differ, None if one is missing."""
+    if after is None:
+        return None
     if [t.shape for t in before] != [t.shape for t in after]:
         return float("inf")
     return max((float((a - b).abs().max()) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)
@@ -125,6 +142,23 @@ def _run_eagerly() -> Iterator[None]:
         yield
 
 
+class _Step:
+    """A training step whose losses are outputs, also those that it hands to ``manual_backward``."""
+
+    def __init__(self, probe: pl.LightningModule) -> None:
+        self._probe = probe
+
+    def __call__(self, *arguments: Any) -> Any:
+        losses: list[Any] = []
+        vars(self._probe)["manual_backward"] = lambda loss, *_, **__: losses.append(loss)
+        returned = self._probe.training_step(*arguments)
+        if not pytree.tree_leaves([returned, losses]):
+            raise StructureError(
+                f"`{type(self._probe).__name__}.training_step` returns no loss and gives none to `manual_backward`"
+            )
+        return [returned, losses]
+
+
 def _quiet_methods(trainer: pl.Trainer) -> dict[str, Callable[..., Any]]:
     inert = [_InertOptimizer(optimizer) for optimizer in trainer.optimizers]
     optimizers = inert[0] if len(inert) == 1 else inert
@@ -132,7 +166,7 @@ def _quiet_methods(trainer: pl.Trainer) -> dict[str, Callable[..., Any]]:
     def nothing(*_args: object, **_kwargs: object) -> None:
         return None
 
-    names = ("log", "log_dict", "print", "manual_backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
+    names = ("log", "log_dict", "print", "clip_gradients", "toggle_optimizer", "untoggle_optimizer", "backward")
     return dict.fromkeys(names, nothing) | {
         "optimizers": lambda use_pl_optimizer=True: optimizers,  # noqa: ARG005
         "lr_schedulers": nothing,

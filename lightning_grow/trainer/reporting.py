@@ -99,7 +99,15 @@ def log_sizes(
         return
     metrics = {"grow/parameters": float(parameters)} | {f"grow/{name}/size": float(n) for name, n in sizes.items()}
     for key, value in metrics.items():
-        module.log(key, value, on_step=not at_epoch_end, on_epoch=at_epoch_end, reduce_fx="max", sync_dist=at_epoch_end)
+        module.log(
+            key,
+            value,
+            on_step=not at_epoch_end,
+            on_epoch=at_epoch_end,
+            reduce_fx="max",
+            sync_dist=at_epoch_end,
+            batch_size=1,  # otherwise guessed from the batch, which a step on `dataloader_iter` does not show
+        )
 
 
 def log_final_sizes(loggers: Iterable[Logger], sizes: Mapping[str, int], parameters: int) -> None:

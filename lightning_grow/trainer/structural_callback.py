@@ -17,14 +17,15 @@ from lightning_grow.criteria.statistics import Statistic
 from lightning_grow.structure.axes import AxisGroup, Structure
 from lightning_grow.trainer.budget import Budget, Meter, apply_changes_
 from lightning_grow.trainer.editing import agree, editing, refuse_module, refuse_strategy
-from lightning_grow.trainer.occasion import Occasion, check_patterns, chosen
-from lightning_grow.trainer.probe import count_of, example_inputs, largest_difference, step_outputs, trace_module
+from lightning_grow.trainer.occasion import Occasion, check_patterns, chosen, chosen_groups
+from lightning_grow.trainer.plateau import Plateau
+from lightning_grow.trainer.probe import count_of, example_inputs, largest_difference, outputs_if_possible, trace_module
 from lightning_grow.trainer.proposal import BlockEdit, Proposal, is_nothing
 from lightning_grow.trainer.record import Record
 from lightning_grow.trainer.reporting import log_final_sizes, log_sizes, loss_of, summary, to_events
 from lightning_grow.trainer.resume import Restorer, copies_of
 from lightning_grow.trainer.run import CHECKPOINT_KEY, Run, run_of
-from lightning_grow.trainer.triggers import Plateau, Trigger
+from lightning_grow.trainer.triggers import Trigger, finished_epochs
 from lightning_grow.trainer.window import Window
 
 log = logging.getLogger(__name__)
@@ -130,8 +131,7 @@ class StructuralCallback(pl.Callback, ABC):
         )
         self._run = Run()
         self._restorer: Restorer | None = None
-        self._plateau = Plateau()
-        self._observed_epoch = -1
+        self._plateau = Plateau(self.trigger)
         self._is_ready = False
         self._seen_step = 0
         self._due = False
@@ -232,7 +232,7 @@ class StructuralCallback(pl.Callback, ABC):
             self._run.answer(loss_of(outputs))
         if self._window is not None:
             self._window.batches += 1
-        finished = self._finished_epochs(trainer)
+        finished = finished_epochs(trainer) if self.trigger.every_n_epochs is not None else None
         step = trainer.global_step
         if step == self._seen_step and finished is None:
             return
@@ -280,8 +280,8 @@ class StructuralCallback(pl.Callback, ABC):
             self._say_nothing_to_do(proposals)
             return
         for other in structural_callbacks(trainer):
-            other.interrupt()
-        before = step_outputs(trainer, pl_module, batch, batch_idx) if self.verify else None
+            other.interrupt()  # hooks on parameters go before these change
+        before = outputs_if_possible(trainer, pl_module, batch, batch_idx) if self.verify else None
         with editing(trainer) as module:
             twins = copies_of(pl_module, trainer)
             apply_changes_(module, changes, trainer.optimizers, self.new_state)
@@ -292,7 +292,7 @@ class StructuralCallback(pl.Callback, ABC):
         structure = self._run.live_structure(pl_module)
         difference = None
         if before is not None:
-            difference = largest_difference(before, step_outputs(trainer, pl_module, batch, batch_idx))
+            difference = largest_difference(before, outputs_if_possible(trainer, pl_module, batch, batch_idx))
         events = to_events(
             fitting,
             structure,
@@ -320,32 +320,12 @@ class StructuralCallback(pl.Callback, ABC):
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._watch_plateau(trainer)
+            self._due |= self._plateau.reached(trainer, epoch_is_over=False)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._watch_plateau(trainer, complain=True)
+        self._due |= self._plateau.reached(trainer, epoch_is_over=True)
         self._log_sizes(trainer, pl_module, at_epoch_end=True)
-
-    def _watch_plateau(self, trainer: pl.Trainer, *, complain: bool = False) -> None:
-        """Observe the metric once each epoch: after validation if it is there by then, else at the end of the epoch."""
-        name = self.trigger.on_plateau
-        if name is None or self._observed_epoch == trainer.current_epoch:
-            return
-        value = trainer.callback_metrics.get(name)
-        if value is None:
-            if complain:
-                raise MisconfigurationException(
-                    f"`on_plateau` names the metric '{name}', which was not logged in the first epoch. Logged are: "
-                    f"{', '.join(sorted(trainer.callback_metrics)) or 'none'}."
-                )
-            return
-        self._observed_epoch = trainer.current_epoch
-        self._plateau.observe(float(value), self.trigger)
-        due = self.trigger.after_epoch(self._plateau, trainer.current_epoch + 1)
-        if trainer.strategy.reduce_boolean_decision(due, all=False):
-            self._due = True
-            self._plateau.bad_epochs = 0
 
     # -- at the end ------------------------------------------------------------------------------------------------
 
@@ -376,16 +356,14 @@ class StructuralCallback(pl.Callback, ABC):
     def state_dict(self) -> dict[str, Any]:
         return {
             "due": self._due,
-            "plateau": {"best": self._plateau.best, "bad_epochs": self._plateau.bad_epochs},
-            "observed_epoch": self._observed_epoch,
+            "plateau": self._plateau.state_dict(),
             "window": None if self._window is None else self._window.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._due = state_dict["due"]
-        self._plateau = Plateau(**state_dict["plateau"])
-        self._observed_epoch = state_dict["observed_epoch"]
+        self._plateau.load_state_dict(state_dict["plateau"])
         self._saved_window = state_dict["window"]
 
     @override
@@ -404,7 +382,7 @@ class StructuralCallback(pl.Callback, ABC):
         structure: Structure,
         statistics: Mapping[str, Statistic],
     ) -> Occasion:
-        groups = tuple(structure[name] for name in chosen(structure.groups, self.groups))
+        groups = tuple(chosen_groups(structure, self.groups))
         stacks = tuple(structure.stacks[name] for name in chosen(structure.stacks, self.groups))
         return Occasion(pl_module, structure, groups, stacks, statistics, trainer.global_step, self.seed)
 
@@ -419,7 +397,7 @@ class StructuralCallback(pl.Callback, ABC):
     def _open_window(self, pl_module: pl.LightningModule, saved: dict[str, Any] | None = None) -> bool:
         """Begin to observe; return whether there is anything to observe."""
         structure = self._run.live_structure(pl_module)
-        groups = [structure[name] for name in chosen(structure.groups, self.groups)]
+        groups = chosen_groups(structure, self.groups)
         statistics = self.statistics(structure, groups)
         if not statistics:
             return False
@@ -439,18 +417,11 @@ class StructuralCallback(pl.Callback, ABC):
             window.detach()
         return window
 
-    def _finished_epochs(self, trainer: pl.Trainer) -> int | None:
-        """Return the number of epochs done if this batch ended one, and another follows."""
-        if self.trigger.every_n_epochs is None or not trainer.is_last_batch:
-            return None
-        finished, limit = trainer.current_epoch + 1, trainer.max_epochs
-        return finished if limit is None or limit == -1 or finished < limit else None
-
     def _sizes(self, pl_module: pl.LightningModule) -> dict[str, int]:
         if self._run.structure is None:
             return {}
         structure = self._run.live_structure(pl_module)
-        groups = {name: structure[name].size for name in chosen(structure.groups, self.groups)}
+        groups = {group.name: group.size for group in chosen_groups(structure, self.groups)}
         return groups | {name: len(structure.stacks[name].blocks) for name in chosen(structure.stacks, self.groups)}
 
     def _log_sizes(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, at_epoch_end: bool) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
@@ -77,26 +77,16 @@ class Trigger:
             return finished_epochs % self.every_n_epochs == 0 and self._open(finished_epochs)
         return False
 
-    def after_epoch(self, plateau: Plateau, finished_epochs: int) -> bool:
-        """Return whether a metric that was just observed makes an event begin at the next optimizer step."""
-        return plateau.bad_epochs >= self.patience and self._open(finished_epochs)
+    def after_epoch(self, bad_epochs: int, finished_epochs: int) -> bool:
+        """Return whether so many epochs without improvement make an event begin at the next optimizer step."""
+        return bad_epochs >= self.patience and self._open(finished_epochs)
 
     def _open(self, count: int) -> bool:
         return self.start <= count and (self.stop is None or count <= self.stop)
 
 
-@dataclass
-class Plateau:
-    """The memory of an ``on_plateau`` trigger: the best value so far, and the epochs since."""
-
-    best: float | None = None
-    bad_epochs: int = 0
-
-    def observe(self, value: float, trigger: Trigger) -> None:
-        """Take in the value of one epoch. A value that is not a number is no improvement."""
-        sign = 1.0 if trigger.mode == "min" else -1.0
-        if math.isfinite(value) and (self.best is None or sign * (self.best - value) > trigger.min_delta):
-            self.best = value
-            self.bad_epochs = 0
-        else:
-            self.bad_epochs += 1
+def finished_epochs(trainer: pl.Trainer) -> int | None:
+    """Return the number of epochs done if the current batch ends one, and another follows."""
+    finished, limit = trainer.current_epoch + 1, trainer.max_epochs
+    followed = limit is None or limit == -1 or finished < limit
+    return finished if trainer.is_last_batch and followed else None

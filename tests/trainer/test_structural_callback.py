@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 
 from lightning_grow.criteria import GradientSums, sum_over_units
 from lightning_grow.growth import Net2Net
@@ -359,6 +360,56 @@ class Taylor(StructuralCallback):
         return proposals
 
 
+def test_losses_given_to_manual_backward_are_outputs_too(tmp_path):
+    """A step that returns nothing is verified by them: the score of a critic is no hidden width."""
+
+    class Adversarial(pl.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self):
+            super().__init__()
+            self.maker = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
+            self.critic = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+
+        def training_step(self, batch, batch_idx):
+            fake = self.maker(torch.randn(8, 3))
+            for optimizer, loss in zip(
+                self.optimizers(),
+                (-self.critic(fake).mean(), (self.critic(fake.detach()) - self.critic(batch[0])).mean()),
+                strict=True,
+            ):
+                self.toggle_optimizer(optimizer)
+                optimizer.zero_grad()
+                self.manual_backward(loss, retain_graph=True)
+                self.untoggle_optimizer(optimizer)
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.Adam(self.maker.parameters()), torch.optim.Adam(self.critic.parameters())]
+
+    callback = Net2Net(every_n_steps=4, num_units=2, verify=True)
+    module = fit(tmp_path, callback, module=build(Adversarial), max_epochs=1)
+    assert {event.group for event in callback.record.events} == {"maker.0", "critic.0"}
+    assert all(event.difference < 1e-5 for event in callback.record.events)
+    assert module.critic[2].out_features == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
+def test_a_step_that_takes_its_own_batches(tmp_path):
+    class Iterates(Perceptron):
+        def training_step(self, dataloader_iter):
+            batch, _, _ = next(dataloader_iter)
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    callback = Net2Net(every_n_steps=3, num_units=1, verify=True)
+    module = fit(tmp_path, callback, module=build(Iterates, example=True), max_epochs=1)
+    assert module.fc1.out_features == 8
+    assert callback.record.events[0].difference is None
+    with pytest.raises(StructureError, match=r"from `dataloader_iter`|Set `example_input_array`"):
+        fit(tmp_path, Net2Net(), module=build(Iterates), max_epochs=1)
+
+
 def test_statistics_observe_ordinary_batches(tmp_path):
     """The trigger opens a window of eight batches; the event follows it, and no step was run for it."""
     callback = Taylor(at_steps=[3], num_units=2)
@@ -490,8 +541,8 @@ def test_a_graph_that_is_kept_between_batches_is_refused_and_nothing_has_changed
 def test_a_model_that_cannot_be_traced_says_how_it_was_tried(tmp_path):
     class Peeks(Perceptron):
         def forward(self, x):
-            x = super().forward(x)
-            return x if x.sum().item() > 0 else -x
+            assert self.fc1.weight.data_ptr()
+            return super().forward(x)
 
     with pytest.raises(StructureError, match=r"Set `example_input_array`.*training_step\(first batch\) in train mode"):
         fit(tmp_path, Net2Net(), module=build(Peeks))

@@ -3,7 +3,8 @@ import math
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_grow.trainer.triggers import Plateau, Trigger
+from lightning_grow.trainer.plateau import Plateau
+from lightning_grow.trainer.triggers import Trigger
 
 
 def fired(trigger, steps, epoch_length=10**9):
@@ -41,30 +42,30 @@ def test_no_step_is_missed_when_several_are_done_in_one_batch():
 
 
 def test_plateau_needs_patience():
-    trigger, plateau = Trigger(on_plateau="val_loss", patience=2), Plateau()
+    plateau = Plateau(trigger := Trigger(on_plateau="val_loss", patience=2))
     due = []
     for epoch, value in enumerate([3.0, 2.0, 2.0, 2.5, 1.0, 1.1, 1.2, 1.3]):
-        plateau.observe(value, trigger)
-        due.append(trigger.after_epoch(plateau, epoch + 1))
+        plateau.observe(value)
+        due.append(trigger.after_epoch(plateau.bad_epochs, epoch + 1))
         if due[-1]:
             plateau.bad_epochs = 0
     assert due == [False, False, False, True, False, False, True, False]
 
 
 def test_plateau_of_a_rising_metric_and_min_delta():
-    trigger, plateau = Trigger(on_plateau="acc", patience=1, mode="max", min_delta=0.1), Plateau()
-    plateau.observe(0.5, trigger)
-    plateau.observe(0.55, trigger)
-    assert trigger.after_epoch(plateau, 2)
-    plateau.observe(0.65, trigger)
+    plateau = Plateau(trigger := Trigger(on_plateau="acc", patience=1, mode="max", min_delta=0.1))
+    plateau.observe(0.5)
+    plateau.observe(0.55)
+    assert trigger.after_epoch(plateau.bad_epochs, 2)
+    plateau.observe(0.65)
     assert plateau.best == 0.65
     assert plateau.bad_epochs == 0
 
 
 def test_a_value_that_is_not_a_number_is_no_improvement():
-    trigger, plateau = Trigger(on_plateau="val_loss"), Plateau()
-    plateau.observe(math.nan, trigger)
-    assert plateau == Plateau(None, 1)
+    plateau = Plateau(Trigger(on_plateau="val_loss"))
+    plateau.observe(math.nan)
+    assert (plateau.best, plateau.bad_epochs) == (None, 1)
 
 
 @pytest.mark.parametrize(
