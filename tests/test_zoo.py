@@ -129,6 +129,7 @@ def widened(entry: Entry) -> nn.Module:
 @every_model
 def test_each_hidden_width_is_a_group(entry: Entry) -> None:
     groups = structure_of(entry).groups.values()
+    names = []
     for width in entry.widths:
         found = [g for g in groups if set(width.labels) <= {axis.label for axis in g.axes}]
         assert len(found) == 1, f"expected one group of {width.axes}, found:\n{structure_of(entry)}"
@@ -136,6 +137,8 @@ def test_each_hidden_width_is_a_group(entry: Entry) -> None:
             assert (found[0].size, found[0].step) == (width.size, 1), found[0]
         if width.obstacle is not None:
             assert (found[0].obstacle is not None) == width.obstacle, found[0]
+        names.append(found[0].name)
+    assert len(set(names)) == len(names), f"widths that differ are in one group: {names}"
     if entry.obstacles_only:
         assert all(group.obstacle for group in groups), structure_of(entry)
 
