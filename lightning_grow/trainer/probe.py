@@ -57,13 +57,20 @@ def trace_module(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, ba
                 if mode == "eval":
                     probe.eval()
                 try:
-                    return attempt(probe)
+                    return _shared(trainer, attempt(probe))
                 except StructureError as error:
                     reasons.append(f"{name} in {mode} mode: {error}")
     raise StructureError(
         f"{type(module).__name__} could not be traced. Set `example_input_array` to inputs of `forward` on which it "
         "runs without looking at the values of tensors. Tried: " + (" | ".join(reasons) or "nothing, as there was none")
     )
+
+
+def _shared(trainer: pl.Trainer, structure: Structure) -> Structure:
+    """Return the structure that rank zero found: other ranks have other batches."""
+    if trainer.world_size == 1:
+        return structure
+    return Structure.from_dict(trainer.strategy.broadcast(structure.to_dict()))
 
 
 def step_outputs(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> list[Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from lightning_grow.structure.axes import Structure
 from lightning_grow.surgery.edit import Edit
 from lightning_grow.trainer.proposal import BlockEdit, Change, Proposal, size_after, size_before
 from lightning_grow.trainer.record import Event, Kind, stack_to_dict
+
+log = logging.getLogger(__name__)
 
 
 def to_events(
@@ -116,5 +120,9 @@ def log_final_sizes(loggers: Iterable[Logger], sizes: Mapping[str, int], paramet
     TensorBoard is left out: it writes hyperparameters once, together with a metric, and would overwrite that.
     """
     for logger in loggers:
-        if not isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, TensorBoardLogger):
+            continue
+        try:
             logger.log_hyperparams({"grow": {"parameters": parameters, "sizes": dict(sizes)}})
+        except Exception as error:  # noqa: BLE001  (some services take a parameter only once; training is done anyway)
+            rank_zero_only(log.warning)("%s did not take the final sizes: %s", type(logger).__name__, error)

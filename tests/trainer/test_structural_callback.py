@@ -491,6 +491,29 @@ def test_metrics_and_final_sizes_reach_the_loggers(tmp_path):
     assert "fc1: 8" in written
 
 
+def test_a_logger_that_refuses_the_final_sizes_does_not_end_the_run(tmp_path, caplog):
+    """Some services take a parameter only once; by then training is done."""
+
+    class Once(CSVLogger):
+        def log_hyperparams(self, params=None):
+            if params and "grow" in params:
+                raise RuntimeError("already set")
+
+    fit(tmp_path, Net2Net(at_steps=[2]), logger=Once(tmp_path), max_epochs=1)
+    assert "Once did not take the final sizes: already set" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore")  # the service's own
+def test_final_sizes_stand_in_the_configuration_of_a_wandb_run(tmp_path):
+    from lightning.pytorch.loggers import WandbLogger
+
+    logger = WandbLogger(save_dir=tmp_path, offline=True, project="test")
+    fit(tmp_path, Net2Net(at_steps=[2], num_units=2, groups=["fc1"]), logger=logger, max_epochs=1)
+    config = dict(logger.experiment.config)
+    logger.experiment.finish()
+    assert config["grow"]["sizes"] == {"fc1": 8}
+
+
 def test_verify_finds_nothing_where_the_function_is_kept_and_something_where_not(tmp_path):
     exact = Net2Net(at_steps=[3], verify=True)
     fit(tmp_path, exact, max_epochs=1)
