@@ -145,10 +145,12 @@ def _series(
 
 
 def _without_common_prefix(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
-    """Drop the leading modules that all names share: they tell nothing apart."""
+    """Drop the leading modules that all names share, unless only numbers would be left: they tell nothing apart."""
     names = [name.split(".") for s in snapshots for name in (*s.units, *s.depth)]
     cut = 0
-    while names and all(len(name) > cut + 1 and name[cut] == names[0][cut] for name in names):
+    while names and all(
+        len(name) > cut + 1 and name[cut] == names[0][cut] and not name[cut + 1].isdigit() for name in names
+    ):
         cut += 1
 
     def short(sizes: Mapping[str, int]) -> dict[str, int]:
