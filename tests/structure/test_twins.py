@@ -1,0 +1,86 @@
+"""The plain twins of fused kernels have the shapes of what they stand in for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_grow as lg
+from lightning_grow.structure.twins import PlainTwins
+from tests.zoo_entry import Model
+
+CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "two layers": {"num_layers": 2},
+    "both directions": {"bidirectional": True, "num_layers": 2},
+    "batch first": {"batch_first": True},
+    "no bias": {"bias": False},
+}
+
+
+def shapes(value: Any) -> list[tuple[int, ...]]:
+    if isinstance(value, Tensor):
+        return [tuple(value.shape)]
+    return [shape for item in value if item is not None for shape in shapes(item)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+@pytest.mark.parametrize("kind", CELLS)
+def test_recurrent_twins_return_the_same_shapes(kind: str, settings: dict[str, Any]) -> None:
+    module = CELLS[kind](5, 6, **settings)
+    x = torch.randn(3, 4, 5)
+    expected = shapes(module(x))
+    with PlainTwins():
+        assert shapes(module(x)) == expected
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_a_projecting_lstm_has_the_same_shapes() -> None:
+    module = nn.LSTM(5, 6, num_layers=2, proj_size=4, bidirectional=True)
+    x = torch.randn(3, 4, 5)
+    expected = shapes(module(x))
+    with PlainTwins():
+        assert shapes(module(x)) == expected
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_packed_sequences_are_traced(kind: str) -> None:
+    def forward(self: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        out, _ = nn.utils.rnn.pad_packed_sequence(self.cell(packed)[0], batch_first=True)
+        return self.head(out[:, -1])
+
+    cell = CELLS[kind](5, 6, bidirectional=True, batch_first=True)
+    structure = lg.trace(
+        Model(forward, cell=cell, head=nn.Linear(12, 3)), torch.randn(3, 4, 5), torch.tensor([2, 4, 3])
+    )
+    assert [(group.size, group.obstacle) for group in structure.groups.values()] == [(6, None)]
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cell_twins_return_the_same_shapes(cell: Callable[..., nn.Module]) -> None:
+    module, x = cell(5, 6), torch.randn(4, 5)
+    expected = shapes(module(x))
+    with PlainTwins():
+        assert shapes(module(x)) == expected
+
+
+def test_the_twin_of_a_bilinear_form_is_exact() -> None:
+    module = nn.Bilinear(4, 5, 3).double()
+    left, right = torch.randn(2, 7, 4).double(), torch.randn(2, 7, 5).double()
+    expected = module(left, right)
+    with PlainTwins():
+        torch.testing.assert_close(module(left, right), expected)
+
+
+def test_a_width_that_does_not_fit_is_noticed() -> None:
+    """The fused kernel on fake tensors would accept it; this is why there are twins."""
+    module = nn.LSTM(5, 6)
+    module.weight_hh_l0 = nn.Parameter(torch.randn(24, 7))
+    with PlainTwins(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        module(torch.randn(3, 4, 5))
