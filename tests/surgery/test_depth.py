@@ -207,6 +207,19 @@ def test_training_goes_on_under_any_optimizer(make: Callable[[Any], Any]) -> Non
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_new_parameters_have_the_state_that_the_constructor_gives() -> None:
+    class Counted(torch.optim.SGD):
+        def __init__(self, params: Any, lr: float = 0.1) -> None:
+            super().__init__(params, lr=lr)
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["squares"] = torch.zeros_like(p)
+
+    model = deep()
+    optimizer = Counted(model.parameters())
+    insert(model, optimizer)
+    assert all(optimizer.state[p]["squares"].shape == p.shape for p in model.parameters())
+
+
 def insert(model: Deep, optimizer: Any) -> None:
     insert_(model, stack(model), 1, [optimizer])
 

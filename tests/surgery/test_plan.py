@@ -141,6 +141,9 @@ def test_consumed_zeros_win_where_new_rows_and_new_columns_meet() -> None:
     out = edited(tensor, "weight", (rows, columns))
     assert torch.equal(out[3], torch.tensor([1.0, 1.0, 1.0, 0.0]))
     assert not out[:, 3].any()
+    out = edited(tensor, "weight", (AxisMap(0, "produced", index), columns))
+    assert out[3, :3].all()
+    assert not out[:, 3].any()
 
 
 def check_defaults(tensor: Tensor, role: Any, dim: int = 0, place: Tensor | None = None) -> Tensor:

@@ -96,8 +96,12 @@ def test_integers_of_strangers_follow_only_where_they_are_unambiguous() -> None:
     resize_like_(model, Stranger(3, 6).state_dict())
     assert (model.inputs, model.sizes, model.heads) == (3, (3, 6), 2)
     square = Stranger(4, 4)
-    resize_like_(square, Stranger(4, 6).state_dict())
+    resize_like_(square, Stranger(4, 2).state_dict())
     assert square.sizes == (4, 4), "both axes were 4: nobody knows which one is meant"
+    linear = nn.Linear(3, 4)
+    linear.out_features = 99
+    resize_like_(linear, nn.Linear(3, 5).state_dict())
+    assert linear.out_features == 99, "it was not the length of the axis before, either"
 
 
 def test_a_state_dict_of_another_model_is_refused_and_nothing_changes() -> None:

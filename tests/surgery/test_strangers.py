@@ -82,6 +82,7 @@ class Lookahead:
         self.param_groups = optimizer.param_groups
         self.defaults = optimizer.defaults
         self.slow = [[p.detach().clone() for p in group["params"]] for group in self.param_groups]
+        self.first = [p.detach().clone() for group in self.param_groups for p in group["params"]]
         self.fast_updates = {p: torch.zeros_like(p) for group in self.param_groups for p in group["params"]}
         self.calls = 0
 
@@ -103,6 +104,8 @@ class Lookahead:
                 if self.calls % 2 == 0:
                     s.lerp_(p, 0.5)
                     p.copy_(s + 0.1 * self.fast_updates[p])
+        for p, first in zip(self.fast_updates, self.first, strict=True):
+            p.lerp_(first, 1e-3)
 
 
 class Statistics:
@@ -197,6 +200,7 @@ def test_slow_weights_beside_the_parameters_follow() -> None:
     slow = dict(zip((n for n, _ in case.model.named_parameters()), case.optimizer.slow[0], strict=True))
     assert torch.equal(slow["0.weight"][6:], case.model[0].weight[6:].detach())
     assert not slow["2.weight"][:, 6:].any()
+    assert torch.equal(case.optimizer.first[0][6:], case.model[0].weight[6:].detach())
 
 
 def test_masks_follow_the_majority_and_queues_keep_their_length() -> None:
