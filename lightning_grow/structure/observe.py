@@ -6,7 +6,7 @@ way. The `Observer` fills it in, one outermost operator at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,7 @@ class Trace:
         used: Names of the tensors that took part in an operation.
         looked_up: Raw symbols of axes along which an operator looks entries up by their index.
         opaque: Sizes that go into modules that cannot be traced, and which.
+        repeated: Whether a block was taken for another.
     """
 
     symbols: dict[tuple[str, int], Expr] = field(default_factory=dict)
@@ -88,6 +89,7 @@ class Trace:
     used: set[str] = field(default_factory=set)
     looked_up: set[Expr] = field(default_factory=set)
     opaque: list[tuple[Expr, str]] = field(default_factory=list)
+    repeated: bool = False
 
 
 Mark = tuple[int, ...]
@@ -99,6 +101,7 @@ class Observer:
 
     Args:
         expr: Returns the expression that a size was made with, before later facts replaced its symbols.
+        buffers: Names of buffers, which are no weights.
 
     Attributes:
         trace: What has been seen.
@@ -108,8 +111,10 @@ class Observer:
         operator: Returns the name of the operator that is running.
     """
 
-    def __init__(self, expr: Callable[[Any], Expr]) -> None:
+    def __init__(self, expr: Callable[[Any], Expr], buffers: Collection[str] = ()) -> None:
         self.trace = Trace()
+        self._buffers = buffers
+        self._masked: list[tuple[Dims, Dims]] = []
         self.env: Any = None
         self.expr = expr
         self.owner: Any = WeakIdKeyDictionary()
@@ -135,6 +140,11 @@ class Observer:
         """Write down all that the engine knows to be equal."""
         self.note_guards()
         self.trace.facts += [s - e for s, e in self.env.replacements.items()]
+        roles = self.trace.roles
+        for buffer, parameter in self._masked:  # of a masked weight, it is the weight that makes or reads units
+            for a, b in zip(buffer, parameter, strict=True):
+                if roles.get(a, "carried") != "carried":
+                    roles[a], roles[b] = "carried", roles[a]
 
     def mark(self) -> Mark:
         """Return how much has been seen so far."""
@@ -306,6 +316,9 @@ class Observer:
 
     def _roles_among_weights(self, name: str, args: tuple[Any, ...], inputs: list[Tensor]) -> None:
         """In a product of two weights, the left one's units are consumed: zeros there are enough."""
+        kinds = {self.owner[t] in self._buffers: self.dims(t) for t in inputs}
+        if len(inputs) == 2 and len(kinds) == 2 and inputs[0].ndim == inputs[1].ndim:
+            self._masked.append((kinds[True], kinds[False]))
         dims = {id(t): d for t in inputs if (d := self._contracted_dim(name, args, t)) is not None}
         for tensor, role in zip([t for t in inputs if id(t) in dims], ("consumed", "produced"), strict=False):
             for symbol in self.dims(tensor)[dims[id(tensor)]].free_symbols:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Protocol
 
 import sympy  # type: ignore[import-untyped]
@@ -20,6 +21,9 @@ from lightning_grow.structure.modules import is_position
 from lightning_grow.structure.observe import INPUT, Expr, Mark, Observer
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
+
+
+_MODULE = {*vars(nn.Module()), "forward"} - {"training"}
 
 
 class Engine(Protocol):
@@ -82,6 +86,10 @@ class _Call:
             self.key.append((type(value), len(value)))
             for item in value:
                 self.value(item)
+        elif isinstance(value, FunctionType):
+            self.key.append(id(value.__code__))
+            self.value([cell.cell_contents for cell in value.__closure__ or ()])
+            self.value(list(value.__defaults__ or ()))
         else:
             self.key.append(id(value))
 
@@ -129,10 +137,11 @@ class Repeats:
         for part, inner in module.named_modules():
             call.key.append((part, type(inner)))
             for name, value in vars(inner).items():
-                plain = isinstance(value, (*_PLAIN, torch.SymInt, tuple, list))
-                if plain and not (is_position(name) and type(value) is int):
+                if name not in _MODULE and not (is_position(name) and type(value) is int):
                     call.key.append(name)
                     call.value(value)
+            if inner._forward_hooks or inner._forward_pre_hooks:
+                call.key.append(id(inner))  # hooks may do anything
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             call.key.append((name, tensor.dtype))
             call.tensors.append(self._observer.owner.get(tensor, ""))
@@ -177,6 +186,7 @@ class Repeats:
     def _again(self, first: _Seen, path: str, call: _Call) -> Any:
         symbols = dict(zip(first.raw, call.raw, strict=True)) | dict(zip(first.symbols, call.symbols, strict=True))
         symbols = {a: b for a, b in symbols.items() if a.is_Symbol}
+        self._observer.trace.repeated = True
         self._observer.repeat(first.start, first.end, symbols, (first.path, path))
         used = self._observer.trace.used
         used |= {mine for theirs, mine in zip(first.tensors, call.tensors, strict=True) if theirs in used}

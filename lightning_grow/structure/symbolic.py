@@ -146,6 +146,8 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
         name = func.__name__.split(".")[0]
         if outermost and self._replay is not None and name in _READS_VALUES:
             return self._replayed()
+        if self._replay is not None and name == "nonzero":  # of a mask that is an index
+            return self._replayed()
         if name in _READS_VALUES and name != "_local_scalar_dense":
             raise _DataDependentSizeError(f"'{name}' returns as much as the values say")
         if outermost:
@@ -205,6 +207,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        for mask in args[1] if func is torch.ops.aten.index.Tensor else ():
+            if mask is not None and mask.dtype in (torch.bool, torch.uint8):
+                self.values.append(_Made((int(mask.sum()), mask.ndim), torch.int64, mask.device))
         if func.__name__.split(".")[0] in _READS_VALUES:
             made = pytree.tree_map_only(Tensor, lambda t: _Made(tuple(t.shape), t.dtype, t.device), out)
             self.values.append(made)
@@ -303,6 +308,8 @@ def run(
     inputs: Sequence[Tensor] = (),
     replay: Sequence[Any] | None = None,
     opaque: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    repeats: bool = True,
 ) -> Trace:
     """Run ``call`` once with symbolic sizes and return what was seen.
 
@@ -317,11 +324,12 @@ def run(
         inputs: Tensors that the call closes over: fixed sizes, and known as the model's input.
         opaque: Modules that are not run, with what they returned on data (`record_outputs`).
         replay: What the model reads from tensors, as `record` returned it; None if it is not to read any.
+        repeats: Whether to run blocks that are like others once only.
 
     Raises:
         UntraceableError: If the model raises. The model is unchanged then, too.
     """
-    observer = Observer(_expr)
+    observer = Observer(_expr, {name for name, _ in model.named_buffers()})
     trace = observer.trace
     env = observer.env = _Env(observer)
     mode = _Mode(env, observer.observe, replay)
@@ -339,7 +347,8 @@ def run(
         stack.enter_context(unchanged(model))
         swap_in(model, fakes)
         _bind(model, mode, fakes, bound, trace)
-        Repeats(observer, mode).install(model)
+        if repeats:
+            Repeats(observer, mode).install(model)
         for path, outputs in (opaque or {}).items():
             model.get_submodule(path).__dict__["forward"] = _opaque(path, outputs, observer)
         stack.enter_context(_watched(model, observer))

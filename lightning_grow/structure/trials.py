@@ -37,6 +37,7 @@ class Trials:
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
         names: Tensors that take part in some group.
+        train: Whether to run in train mode as well; a model that is in train mode is run there in any case.
 
     Attributes:
         sizes: Units of each group.
@@ -47,7 +48,14 @@ class Trials:
     """
 
     def __init__(
-        self, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], names: set[str]
+        self,
+        model: nn.Module,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        names: set[str],
+        *,
+        train: bool = False,
     ) -> None:
         self._model, self._call, self._args, self._kwargs = model, call, args, kwargs
         self._named = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
@@ -56,6 +64,8 @@ class Trials:
         self._in_groups = names
         self.sizes: dict[str, int] = {}
         self.written: set[str] = set()
+        flags = {id(module): train or module.training for module in model.modules()}
+        self._train = flags if any(flags.values()) else {}
         error: Exception | None = None
         for dtype, keep, strength in _WAYS:
             try:
@@ -72,8 +82,13 @@ class Trials:
         tensors.update({n: perturbed(n, tensors[n], strength) for n in sorted(self._in_groups)})
         versions = {n: t._version for n, t in tensors.items()}
         originals = {n: t.clone() for n, t in tensors.items() if not isinstance(self._named[n], nn.Parameter)}
+        train, self._train = self._train, {}
         reference = self.run(tensors, {})
+        self._train = train
+        if train and not self._runs_in_train_mode(tensors):
+            self._train = {}
         self.written = {n for n, t in tensors.items() if t._version != versions[n]}
+        self.written |= {n for n, t in originals.items() if not torch.equal(t, tensors[n])}  # kernels count no versions
         self._tensors = tensors | originals
         if self.written - originals.keys():
             again = {n: self._cast(t).clone() for n, t in self._named.items() if n in self.written}
@@ -85,6 +100,13 @@ class Trials:
             raise UnrunnableError("its output is not finite")
         least = min((t.dtype for t in reference), key=lambda d: -torch.finfo(d).eps)
         self._tolerance = _EXACT if keep and least == torch.float64 else _TOLERANCE.get(least, 1e-3)
+
+    def _runs_in_train_mode(self, tensors: Mapping[str, Tensor]) -> bool:
+        try:
+            self.run(tensors, {})
+        except Exception:  # the model's own code: batch norm on a single example, for one
+            return False
+        return True
 
     def _cast(self, tree: Any) -> Any:
         if self._dtype is None:
@@ -108,6 +130,10 @@ class Trials:
             args, kwargs = self._cast(self._args), self._cast(self._kwargs)
             with _InDouble() if self._keep else contextlib.nullcontext():  # type: ignore[no-untyped-call]
                 output = self._call(*args, **kwargs)
+                if self._train:  # what only that mode runs must run too
+                    for module in self._model.modules():
+                        module.__dict__["training"] = self._train.get(id(module), True)
+                    self._call(*args, **kwargs)
             return [t if grad else t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
 
     def resized(

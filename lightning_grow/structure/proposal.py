@@ -1,0 +1,260 @@
+"""From what a trace has seen to a proposal: groups with axes, layouts and attributes; what is pinned, and why."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_grow.structure.axes import Attribute, Axis, AxisGroup, Block, Layout, Units, layout_units
+from lightning_grow.structure.modules import bookkeeping
+from lightning_grow.structure.observe import Bound, Trace
+from lightning_grow.structure.resolve import Resolver
+from lightning_grow.structure.solve import Solution
+
+Expr = Any  # a sympy expression; sympy ships no types
+
+_MOST_CHOICES = 64
+
+
+class Subject:
+    """A model under study: its tensors and modules by name, and what of it is closed.
+
+    Attributes:
+        model: The model.
+        named: Its parameters and buffers, tied ones once.
+        modules: Its modules.
+        closed: Why modules are not run while tracing, by name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.named: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.modules = dict(model.named_modules())
+        self.closed: dict[str, str] = {}
+        self._canonical = {id(t): n for n, t in reversed(self.named.items())}
+
+    def tensor_name(self, path: str, parameter: str) -> str | None:
+        """Return the name under which a parameter is listed: tied, or behind a parametrization (weight norm)."""
+        owner, _, leaf = f"{path}.{parameter}".removeprefix(".").rpartition(".")
+        module = self.modules[owner]
+        shape = getattr(module, leaf).shape
+        behind = f"parametrizations.{leaf}.original"
+        for name in (leaf, behind, f"{behind}1", f"{behind}0", f"{leaf}_v", f"{leaf}_orig"):
+            holder, _, last = f"{owner}.{name}".removeprefix(".").rpartition(".")
+            tensor = self.modules[holder]._parameters.get(last) if holder in self.modules else None
+            if tensor is not None and tensor.shape == shape:
+                return self._canonical[id(tensor)]
+        buffer = module._buffers.get(leaf)
+        return self._canonical[id(buffer)] if buffer is not None else None
+
+    def closed_by(self, name: str) -> str | None:
+        """Return why a tensor lies in a module that is not traced, or None."""
+        inside = (p for p in self.closed if name.startswith(f"{p}."))
+        return next((self.closed[p] for p in inside), None)
+
+
+class Proposal:
+    """What a trace suggests, before it is verified.
+
+    Args:
+        subject: The model.
+        seen: What was seen of it.
+
+    Attributes:
+        groups: Groups with their likeliest layouts.
+        options: The same groups with other layouts, where the order of entries was not seen.
+        pinned: Axes that do not vary, with the reason.
+        unused: Parameters that took no part.
+        mixing: What mixes along the axes of a group.
+        fixed_sizes: Sizes at which axes became fixed, and the module in which they did.
+    """
+
+    def __init__(self, subject: Subject, seen: Trace) -> None:
+        self.subject, self.seen = subject, seen
+        self.solution = solution = Solution(seen.hints)
+        solution.roots = set(seen.fixed)
+        solution.solve(seen.facts, seen.divisible)
+        for expr in seen.outputs:
+            solution.fix(expr, "model output")
+        for expr, path in seen.opaque:
+            solution.fix(expr, f"goes into '{path}', which cannot be traced")
+        for expr in sorted(seen.looked_up, key=str):
+            solution.fix(expr, "its entries are looked up by their index")
+        for raw in seen.symbols.values():
+            solution.make_whole(raw)
+        sizes = {key: solution(raw) for key, raw in seen.symbols.items()}
+        self.attributes = self._attributes()
+        self.units = self._name_units(sizes)
+        self.resolver = Resolver(seen, solution, self.units)
+        self.pinned: dict[str, str] = {}
+        self.unused = [n for n, t in subject.named.items() if n not in seen.used and isinstance(t, nn.Parameter)]
+        self.fixed_sizes: set[tuple[int, str]] = set()
+        layouts = self._layouts(sizes)
+        self.groups, self.options = self._make_groups(layouts)
+        self.mixing = self._mixing()
+
+    def varies(self, key: tuple[str, int]) -> bool:
+        """Return whether an axis is in a group."""
+        return f"{key[0]}[{key[1]}]" not in self.pinned
+
+    def _name_units(self, sizes: Mapping[tuple[str, int], Expr]) -> dict[Expr, Units]:
+        """Name each unit count after the first module that produces it."""
+        order: dict[Expr, tuple[str, int, int]] = {}
+        for wanted in ("produced", "carried", "consumed"):
+            for (tensor, dim), expr in sizes.items():
+                symbols = expr.free_symbols
+                if len(symbols) == 1 and self.seen.roles.get(self.seen.symbols[tensor, dim], "carried") == wanted:
+                    (symbol,) = symbols
+                    coefficient = expr.as_coeff_Mul()
+                    if coefficient[1] == symbol:
+                        order.setdefault(symbol, (tensor, dim, int(coefficient[0])))
+        position = {name: i for i, name in enumerate(self.subject.named)}
+        units: dict[Expr, Units] = {}
+        taken: set[str] = set()
+        for symbol, (tensor, dim, per_unit) in sorted(order.items(), key=lambda o: (position[o[1][0]], o[1][1])):
+            name = _group_name(tensor, dim, taken)
+            taken.add(name)
+            units[symbol] = Units(name, tensor, dim, per_unit)
+        return units
+
+    def _attributes(self) -> list[tuple[Bound, Expr]]:
+        """Return every size kept in Python with its expression, also where the trace had no need to bind it."""
+        found: dict[Bound, Expr] = {}
+        for path, module in self.subject.modules.items():
+            for kept in bookkeeping(module):
+                tensor = self.subject.tensor_name(path, kept.parameter)
+                if tensor is None:
+                    continue
+                raw = self.seen.sizes[tensor, kept.dim]
+                found[path, kept.name, kept.index] = self.solution(raw) * kept.times / kept.divisor
+        for bound, raw in self.seen.attributes.items():
+            found.setdefault(bound, self.solution(raw))
+        return [(bound, expr) for bound, expr in found.items() if expr.free_symbols]
+
+    def _layouts(self, sizes: Mapping[tuple[str, int], Expr]) -> dict[tuple[str, int], list[Layout]]:
+        layouts: dict[tuple[str, int], list[Layout]] = {}
+        for (tensor, dim), raw in self.seen.sizes.items():
+            label = f"{tensor}[{dim}]"
+            expr = sizes.get((tensor, dim))
+            closed = self.subject.closed_by(tensor)
+            if closed is not None:
+                self.pinned[label] = closed
+            elif tensor not in self.seen.used:
+                self.pinned[label] = "not used by the forward pass"
+            elif expr is None:
+                self.pinned[label] = self._why_static(tensor, dim)
+            elif not expr.free_symbols:
+                self.pinned[label] = self._why_fixed(raw)
+            elif not expr.free_symbols <= set(self.units):
+                self.pinned[label] = "its size is a sum that no single axis shows"
+            else:
+                options = self.resolver.layouts(raw)
+                if options:
+                    layouts[tensor, dim] = options
+                else:
+                    self.solution.fix(expr, "the order of its entries is not visible")
+                    self.pinned[label] = "the order of its entries is not visible"
+        fixed = {s for s in self.units if not self.solution(s).free_symbols}
+        for key in [k for k, o in layouts.items() if any(u in _symbols(o, self.units) for u in fixed)]:
+            self.pinned[f"{key[0]}[{key[1]}]"] = "tied to an axis whose order of entries is not visible"
+            del layouts[key]
+        return layouts
+
+    def _why_static(self, tensor: str, dim: int) -> str:
+        t = self.subject.named[tensor]
+        if t.shape[dim] < 2:
+            return f"size {t.shape[dim]}"
+        if not t.is_floating_point():
+            return "not a floating-point tensor"
+        return "kernel extent"
+
+    def _why_fixed(self, raw: Expr) -> str:
+        symbol, reason = self.solution.reason(raw)
+        if reason is not None:
+            return reason
+        fact = self.solution.fixed_by.get(symbol)
+        operator, where = self.seen.fixed.get(symbol) or self.seen.origins.get(fact, ("", ""))
+        size = self.solution.size(raw)
+        if not where:
+            return f"fixed at {size}"
+        self.fixed_sizes.add((size, where.split("'")[1] if where.startswith("'") else ""))
+        if operator in ("view", "_unsafe_view", "reshape", "expand"):
+            return f"literal {size} in a {operator} in {where}"
+        return f"meets a fixed size of {size} in {where}"
+
+    def _make_groups(
+        self, layouts: Mapping[tuple[str, int], list[Layout]]
+    ) -> tuple[list[AxisGroup], dict[str, list[AxisGroup]]]:
+        groups: list[AxisGroup] = []
+        options: dict[str, list[AxisGroup]] = {}
+        for symbol, units in self.units.items():
+            mine = {key: o for key, o in layouts.items() if units.group in layout_units(o[0])}
+            if not any(isinstance(self.subject.named[t], nn.Parameter) for t, _ in mine):
+                self.pinned |= {f"{t}[{d}]": "belongs to no parameter" for t, d in mine}
+                continue
+            attributes = tuple(
+                Attribute(*bound, self._amount(expr)) for bound, expr in self.attributes if symbol in expr.free_symbols
+            )
+            size = self.subject.named[units.tensor].shape[units.dim]
+            candidates = [
+                AxisGroup(
+                    units.group,
+                    size // units.per_unit,
+                    1,
+                    tuple(Axis(t, d, self._role(t, d), layout) for (t, d), layout in zip(mine, choice, strict=True)),
+                    attributes,
+                )
+                for choice in itertools.islice(_choices(list(mine.values())), _MOST_CHOICES)
+            ]
+            groups.append(candidates[0])
+            if len(candidates) > 1:
+                options[units.group] = candidates[1:]
+        return groups, options
+
+    def _role(self, tensor: str, dim: int) -> Any:
+        return self.seen.roles.get(self.seen.symbols[tensor, dim], "carried")
+
+    def _amount(self, expr: Expr) -> Layout:
+        """Return a layout of the right length; the order of an amount means nothing."""
+        blocks = []
+        for monomial, c in sorted(expr.as_coefficients_dict().items(), key=str):
+            factors: list[int | Units] = [int(c)] if c != 1 or not monomial.free_symbols else []
+            for factor, power in monomial.as_powers_dict().items():
+                if factor.free_symbols:
+                    factors += [self.units[factor]] * int(power)
+            blocks.append(Block(tuple(factors)))
+        return tuple(blocks)
+
+    def _mixing(self) -> dict[str, str]:
+        mixing: dict[str, str] = {}
+        for expr, reason in self.seen.mixing:
+            for symbol in self.solution(expr).free_symbols:
+                if symbol in self.units and "adds up" not in reason:
+                    mixing.setdefault(self.units[symbol].group, reason)
+        for expr, reason in self.seen.mixing:
+            for symbol in self.solution(expr).free_symbols:
+                if symbol in self.units:
+                    mixing.setdefault(self.units[symbol].group, reason)
+        return mixing
+
+
+def _choices(options: Sequence[Sequence[Layout]]) -> Iterator[tuple[Layout, ...]]:
+    """Yield choices of one layout for each axis: first the same kind of layout for all axes, then every mixture."""
+    for kind in range(max(len(o) for o in options)):
+        yield tuple(o[min(kind, len(o) - 1)] for o in options)
+    yield from itertools.product(*options)
+
+
+def _symbols(options: Iterable[Layout], units: Mapping[Expr, Units]) -> set[Expr]:
+    names = {name for layout in options for name in layout_units(layout)}
+    return {symbol for symbol, u in units.items() if u.group in names}
+
+
+def _group_name(tensor: str, dim: int, taken: set[str]) -> str:
+    """Return ``fc1`` for ``fc1.weight``; where that is taken, the tensor's own name, then with its dimension."""
+    module = tensor.rpartition(".")[0].partition(".parametrizations.")[0]
+    candidates = (module or tensor, tensor, f"{tensor}[{dim}]")
+    return next(name for name in candidates if name not in taken)
