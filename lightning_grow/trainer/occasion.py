@@ -62,19 +62,22 @@ def chosen_groups(structure: Structure, patterns: Sequence[str] | None) -> list[
     return [group for name in chosen(structure.groups, patterns) if (group := structure[name]).with_role("consumed")]
 
 
-def check_patterns(structure: Structure, patterns: Sequence[str] | None) -> None:
-    """Raise if a pattern matches no group and no stack.
+def check_choice(structure: Structure, patterns: Sequence[str] | None) -> None:
+    """Raise if a pattern matches no group and no stack, or there is nothing left to change.
 
     Raises:
         MisconfigurationException: With the names there are.
     """
     names = [*structure.groups, *structure.stacks]
+    there = f"Groups: {', '.join(structure.groups) or 'none'}. Stacks: {', '.join(structure.stacks) or 'none'}."
     for pattern in patterns or ():
         if not any(_matches(name, [pattern.removeprefix("!")]) for name in names):
             raise MisconfigurationException(
-                f"`groups` names '{pattern}', but no group or stack of this model matches it. "
-                f"Groups: {', '.join(structure.groups) or 'none'}. Stacks: {', '.join(structure.stacks) or 'none'}."
+                f"`groups` names '{pattern}', but no group or stack of this model matches it. {there}"
             )
+    if not chosen_groups(structure, patterns) and not chosen(structure.stacks, patterns):
+        pinned = "; ".join(f"{label}: {reason}" for label, reason in structure.pinned.items())
+        raise MisconfigurationException(f"Nothing in this model may change. {there} Pinned: {pinned or 'nothing'}.")
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -101,6 +101,8 @@ class Restorer:
 def take_shape_(module: nn.Module, state_dict: Mapping[str, Any], run: Run, saved: Mapping[str, Any] | None) -> None:
     """Give a module the depth and the widths of a state dict, whose values are loaded afterwards.
 
+    With ``strict_loading=False``, tensors that are missing stay as they are.
+
     Args:
         module: A fresh model, or one of the run at any other time.
         state_dict: What will be loaded.
@@ -110,14 +112,22 @@ def take_shape_(module: nn.Module, state_dict: Mapping[str, Any], run: Run, save
     Raises:
         StructureError: If the state dict is of another model. The module is unchanged.
     """
-    if saved is not None and set(state_dict) != set(module.state_dict()):
-        _follow_depth_(module, run.record.depth_events(), Record.from_dict(saved["record"]).depth_events())
+    done, wanted = run.record.depth_events(), run.record.depth_events()
     structure = run.structure
-    if saved is not None and saved["structure"] is not None:
-        structure = Structure.from_dict(saved["structure"])
-    if structure is not None and _other_shapes(module, state_dict):
-        _refuse_other_model(module, state_dict, structure)
-        resize_like_(module, state_dict, structure)
+    if saved is not None:
+        structure = structure if saved["structure"] is None else Structure.from_dict(saved["structure"])
+        if set(state_dict) != set(module.state_dict()):
+            wanted = Record.from_dict(saved["record"]).depth_events()
+    _follow_depth_(module, done, wanted)
+    try:
+        if structure is not None and _other_shapes(module, state_dict):
+            _refuse_other_model(module, state_dict, structure)
+            if not getattr(module, "strict_loading", True):
+                state_dict = {name: state_dict.get(name, own) for name, own in module.state_dict().items()}
+            resize_like_(module, state_dict, structure)
+    except BaseException:
+        _follow_depth_(module, wanted, done)
+        raise
 
 
 def copies_of(module: pl.LightningModule, trainer: pl.Trainer) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from lightning_grow.criteria.statistics import Statistic
 from lightning_grow.structure.axes import AxisGroup, Structure
 from lightning_grow.trainer.budget import Budget, Meter, apply_changes_
 from lightning_grow.trainer.editing import agree, editing, refuse_module, refuse_strategy
-from lightning_grow.trainer.occasion import Occasion, check_patterns, chosen, chosen_groups
+from lightning_grow.trainer.occasion import Occasion, check_choice, chosen, chosen_groups
 from lightning_grow.trainer.plateau import Plateau
 from lightning_grow.trainer.probe import count_of, example_inputs, largest_difference, outputs_if_possible, trace_module
 from lightning_grow.trainer.proposal import BlockEdit, Proposal, is_nothing
@@ -138,7 +138,7 @@ class StructuralCallback(pl.Callback, ABC):
         self._window: Window | None = None
         self._saved_window: dict[str, Any] | None = None
         self._log_countdown = 0
-        self._said_full = False
+        self._said_why = False
 
     # -- what a method implements ----------------------------------------------------------------------------------
 
@@ -214,8 +214,7 @@ class StructuralCallback(pl.Callback, ABC):
             if self.verbose:
                 rank_zero_only(log.info)("%s\n%s", type(pl_module).__name__, self._run.structure)
         self._is_ready = True
-        structure = self._run.live_structure(pl_module)
-        check_patterns(structure, self.groups)
+        check_choice(self._run.live_structure(pl_module), self.groups)
         self._run.begin(pl_module)
         self._log_countdown = self._steps_to_log(trainer)
         if self._saved_window is not None:
@@ -433,10 +432,15 @@ class StructuralCallback(pl.Callback, ABC):
         return max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined, no-any-return]
 
     def _say_nothing_to_do(self, proposals: Sequence[Proposal]) -> None:
-        if proposals and not self._said_full:
-            self._said_full = True
+        """Tell once why an event changes nothing."""
+        if self._said_why:
+            return
+        self._said_why = True
+        why = "the chosen groups and stacks allow no change (their obstacles stand in the structure)"
+        if proposals:
             limits = ", ".join(f"{n}={limit:,}" for n, limit in vars(self.budget).items() if limit is not None)
-            rank_zero_only(log.info)("%s: the budget is reached (%s)", type(self).__name__, limits)
+            why = f"the budget is reached ({limits})"
+        rank_zero_only(log.info)("%s: nothing to do, %s", type(self).__name__, why)
 
 
 def structural_callbacks(trainer: pl.Trainer) -> list[StructuralCallback]:

@@ -180,6 +180,52 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_has_changed(tmp_pa
     assert module.fc1.out_features == 6
 
 
+def test_a_checkpoint_that_leaves_weights_out_on_purpose(tmp_path):
+    """``strict_loading=False``: a frozen part is not saved; the rest takes its shape all the same."""
+
+    class Partial(Residual):
+        def __init__(self):
+            super().__init__()
+            self.strict_loading = False
+
+        def on_save_checkpoint(self, checkpoint):
+            del checkpoint["state_dict"]["head.bias"]
+
+    fitted(tmp_path, Net2Net(every_n_steps=4, num_units=1, depth=True), cls=Partial)
+    fresh = build(Partial)
+    bias = fresh.head.bias.clone()
+    trainer(tmp_path, Net2Net()).test(fresh, loader(), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False)
+    assert (fresh.stem.out_features, len(fresh.blocks)) == (10, 6)
+    assert torch.equal(fresh.head.bias, bias)
+
+
+def test_a_refused_checkpoint_leaves_the_depth_as_it_was(tmp_path):
+    fitted(tmp_path, Net2Net(every_n_steps=4, num_units=1, depth=True))
+
+    class Other(Residual):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+
+    module = build(Other)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(StructureError, match=r"another model: 'head.weight'"):
+        trainer(tmp_path, Net2Net()).test(module, loader(), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False)
+    assert before.keys() == module.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_checkpoint_in_the_middle_of_an_epoch(tmp_path):
+    """Saved in the very step of an event, after it."""
+    callback = Net2Net(every_n_steps=4, num_units=1)
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    run = trainer(tmp_path, callback, saver, max_epochs=1, enable_checkpointing=True)
+    run.fit(build(Residual), loader())
+    saved = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+    assert saved["state_dict"]["stem.weight"].shape == (7, 4)
+    assert [event["step"] for event in saved["lightning_grow"]["record"]["events"]][-1] == 4
+
+
 def test_a_checkpoint_without_a_record_says_what_to_do(tmp_path):
     fitted(tmp_path)
     with pytest.raises(MisconfigurationException, match="saved without a structural callback"):

@@ -285,6 +285,30 @@ def test_an_unknown_group_is_named_with_those_there_are(tmp_path):
         fit(tmp_path, Net2Net(groups=["fc9"]))
 
 
+def test_a_model_in_which_nothing_may_change_is_refused(tmp_path):
+    class OneLayer(Perceptron):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+            del self.fc1, self.norm, self.fc2
+
+        def forward(self, x):
+            return self.head(x)
+
+    with pytest.raises(MisconfigurationException, match=r"Nothing in this model may change.*head.weight\[0\]"):
+        fit(tmp_path, Net2Net(), module=build(OneLayer))
+
+
+def test_an_event_that_changes_nothing_says_why_once(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="lightning_grow"):
+        fit(tmp_path, Net2Net(every_n_steps=2, max_parameters=90), max_epochs=1)
+        fit(tmp_path, MagnitudePruning(every_n_steps=2, min_size=10, verbose=False), max_epochs=1)
+    lines = [r.getMessage() for r in caplog.records if "nothing to do" in r.getMessage()]
+    assert len(lines) == 2
+    assert lines[0] == "Net2Net: nothing to do, the budget is reached (max_parameters=90)"
+    assert lines[1].startswith("MagnitudePruning: nothing to do, the chosen groups and stacks allow no change")
+
+
 def test_growth_stops_at_the_budget_and_uses_it_up(tmp_path):
     callback = Net2Net(every_n_steps=2, fraction=1.0, max_parameters=150)
     module = fit(tmp_path, callback)
