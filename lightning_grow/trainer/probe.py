@@ -35,25 +35,32 @@ def example_inputs(trainer: pl.Trainer, module: pl.LightningModule) -> Inputs | 
 
 
 def trace_module(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Structure:
-    """Return the structure of a module, from its example input, else from a training step on ``batch``.
+    """Return the structure of a module, from a training step on ``batch`` and, if it has an example input, ``forward``.
 
-    Where a run in train mode fails (batch norm on a single example), eval mode is tried too.
+    Both together, because a step may use more than ``forward`` does (a decoder, an auxiliary head), whose sizes depend
+    on the same widths; and the other way round. Where only one of them can be traced, that one counts; where a run in
+    train mode fails (batch norm on a single example), eval mode is tried too.
 
     Raises:
         StructureError: If it cannot be traced in any of these ways, with the reason of each.
     """
     attempts: list[tuple[str, Callable[[pl.LightningModule], Structure]]] = []
     inputs = example_inputs(trainer, module)
-    if inputs is not None:
-        args, kwargs = inputs
-        attempts.append(("forward(example_input_array)", lambda probe: trace(probe, *args, **kwargs)))
+    step: tuple[Any, ...] = ()
     with contextlib.suppress(StructureError):
         step = _step_arguments(module, batch, batch_idx)
-        attempts.append(("training_step(first batch)", lambda probe: trace_call(probe, _Step(probe), *step)))
+    args, kwargs = inputs or ((), {})
+    if step and inputs is not None:
+        both = f"{_STEP} and {_FORWARD}"
+        attempts.append((both, lambda probe: trace_call(probe, _Both(probe), step, args, kwargs)))
+    if step:
+        attempts.append((_STEP, lambda probe: trace_call(probe, _Step(probe), *step)))
+    if inputs is not None:
+        attempts.append((_FORWARD, lambda probe: _whole(trace(probe, *args, **kwargs), probe)))
     reasons = []
     for name, attempt in attempts:
         for mode in ("train", "eval"):
-            with quiet_copy(trainer, module) as probe, _run_eagerly():
+            with quiet_copy(trainer, module) as probe, _eagerly():
                 if mode == "eval":
                     probe.eval()
                 try:
@@ -71,6 +78,22 @@ def _shared(trainer: pl.Trainer, structure: Structure) -> Structure:
     if trainer.world_size == 1:
         return structure
     return Structure.from_dict(trainer.strategy.broadcast(structure.to_dict()))
+
+
+_STEP, _FORWARD = "training_step(first batch)", "forward(example_input_array)"
+
+
+def _whole(structure: Structure, module: nn.Module) -> Structure:
+    """Warn of parameters that ``forward`` does not use: what else uses them may depend on widths that will change."""
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    unused = {label.partition("[")[0] for label, reason in structure.pinned.items() if "not used" in reason} & trained
+    if unused:
+        rank_zero_only(log.warning)(
+            "forward(example_input_array) does not use %s, and training_step could not be traced: they keep their "
+            "sizes. If training_step uses them with units that grow, exclude those units with `groups`.",
+            ", ".join(sorted(unused)),
+        )
+    return structure
 
 
 def step_outputs(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> list[Tensor]:
@@ -91,7 +114,7 @@ def step_outputs(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, ba
         probe.eval()
         for inner in (probe, *probe.children()):
             inner.register_forward_hook(remember)
-        with _run_eagerly(), trainer.precision_plugin.train_step_context():
+        with _eagerly(), trainer.precision_plugin.train_step_context():
             returned = _Step(probe)(*_step_arguments(module, batch, batch_idx))
     return [t.detach().to("cpu", torch.float64) for t in _tensors([returned, seen.get(True, seen.get(False))])]
 
@@ -141,8 +164,14 @@ def quiet_copy(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[pl.L
         probe.trainer = None
 
 
+def run_eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return ``call(*args, **kwargs)``, with nothing compiled for it."""
+    with _eagerly():
+        return call(*args, **kwargs)
+
+
 @contextlib.contextmanager
-def _run_eagerly() -> Iterator[None]:
+def _eagerly() -> Iterator[None]:
     """Run what is compiled as if it were not; hooks that look on see the same modules."""
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.filterwarnings("ignore", message=".*when there are global hooks on modules.*")
@@ -164,6 +193,13 @@ class _Step:
                 f"`{type(self._probe).__name__}.training_step` returns no loss and gives none to `manual_backward`"
             )
         return [returned, losses]
+
+
+class _Both(_Step):
+    """A training step, and ``forward`` on the example input."""
+
+    def __call__(self, step: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return [super().__call__(*step), self._probe(*args, **kwargs)]
 
 
 def _quiet_methods(trainer: pl.Trainer) -> dict[str, Callable[..., Any]]:
