@@ -5,6 +5,7 @@
 | consumed (columns, fan-out) | zeros: new units are silent |
 | produced (rows, fan-in), 2 or more dimensions | normal, mean 0, the standard deviation of the existing entries |
 | produced, 1 dimension (bias) | zeros |
+| produced, one positive number for each unit (magnitudes of weight norm) | the mean of the existing units |
 | carried, one entry for each place of a unit (norm weight, running statistics) | the mean of the existing units |
 | carried, whole kernels (depthwise) | normal, with mean and standard deviation of the existing entries |
 
@@ -119,8 +120,20 @@ def _fill_(out: Tensor, tensor: Tensor, label: str, m: AxisMap) -> None:
         fill_mean_(out, m, tensor)
     elif m.role == "produced" and tensor.ndim < 2:
         write_new_(out, m, out.new_zeros(()))
+    elif m.role == "produced" and out.is_floating_point() and _is_vector(tensor, m.dim) and bool((tensor > 0).all()):
+        fill_mean_(out, m, tensor)
     else:
         _fill_normal_(out, tensor, label, m)
+        if m.role == "produced" and m.dim > 0 and out.ndim == 2:
+            _keep_padding_(out, m)
+
+
+def _keep_padding_(out: Tensor, m: AxisMap) -> None:
+    """Let rows of a table that are zero throughout, such as that of a padding token, be zero in new columns too."""
+    zero = (_existing(out, m) == 0).all(m.dim, keepdim=True)
+    if bool(zero.any()):
+        new = out.index_select(m.dim, m.new_entries.to(out.device))
+        write_new_(out, m, new.masked_fill(zero, 0))
 
 
 def _fill_normal_(out: Tensor, tensor: Tensor, label: str, m: AxisMap) -> None:

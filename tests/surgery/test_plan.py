@@ -159,6 +159,7 @@ def test_default_values_of_new_entries() -> None:
         torch.manual_seed(0)
         matrix, kernel = torch.randn(64, 64) * 0.1, torch.randn(64, 1, 5, 5) * 0.1 + 1
         many = torch.randn(1100, 1000) * 0.1
+        numbers = torch.Generator().manual_seed(5)
         state = torch.get_rng_state()
         fresh = check_defaults(matrix, "produced")
         assert abs(float(fresh.std()) / 0.1 - 1) < 0.05
@@ -171,6 +172,12 @@ def test_default_values_of_new_entries() -> None:
         assert not check_defaults(matrix[0], "produced").any()
         assert torch.equal(check_defaults(torch.ones(8), "carried"), torch.ones(8))
         assert torch.equal(check_defaults(torch.full((8, 1, 1), 1e-6), "carried"), torch.full((8, 1, 1), 1e-6))
+        magnitudes = torch.tensor([[1.0], [3.0]])
+        assert check_defaults(magnitudes, "produced").tolist() == [[2.0], [2.0]]
+        table = torch.randn(5, 6, generator=numbers)
+        table[2] = 0
+        columns = check_defaults(table, "produced", 1)
+        assert columns.any(1).tolist() == [True, True, False, True, True], "a padding token stays silent"
         depthwise = check_defaults(kernel, "carried")
         assert abs(float(depthwise.mean()) - 1) < 0.02
         assert abs(float(depthwise.std()) / 0.1 - 1) < 0.1
