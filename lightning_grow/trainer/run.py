@@ -32,6 +32,7 @@ class Run:
         self.last_event_step = -1
         self._parameter_order: list[list[list[str]]] = []
         self._unanswered: list[Event] = []
+        self._sizes: tuple[dict[str, int], int] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         return self  # copies of a module (weight averaging, trials) follow the same history
@@ -58,16 +59,25 @@ class Run:
         self.structure = self.structure.resized(self.structure.sizes_in(module))
         return self.structure
 
+    def sizes(self, module: nn.Module) -> tuple[dict[str, int], int]:
+        """Return the units of each group and the blocks of each stack, and the number of parameters: read once."""
+        if self._sizes is None:
+            structure = self.live_structure(module)
+            sizes = {name: group.size for name, group in structure.groups.items()}
+            sizes |= {name: len(stack.blocks) for name, stack in structure.stacks.items()}
+            self._sizes = sizes, sum(parameter.numel() for parameter in module.parameters())
+        return self._sizes
+
     def begin(self, module: nn.Module) -> None:
         """Note the sizes that training begins with, once."""
+        self._sizes = None
         if not self.record.parameters:
-            structure = self.live_structure(module)
-            self.record.parameters = sum(parameter.numel() for parameter in module.parameters())
-            self.record.sizes = {name: group.size for name, group in structure.groups.items()}
-            self.record.sizes |= {name: len(stack.blocks) for name, stack in structure.stacks.items()}
+            sizes, self.record.parameters = self.sizes(module)
+            self.record.sizes = dict(sizes)
 
     def add(self, events: Sequence[Event], step: int) -> None:
         """Add the events of one step to the record."""
+        self._sizes = None
         self.record.events.extend(events)
         self._unanswered.extend(events)
         self.last_event_step = step
@@ -101,6 +111,7 @@ class Run:
         self.structure = None if saved["structure"] is None else Structure.from_dict(saved["structure"])
         self.record = Record.from_dict(saved["record"])
         self._parameter_order = saved["optimizers"]
+        self._sizes = None
         last = {event.step for event in self.record.events[-1:]}
         self._unanswered = [e for e in self.record.events if e.step in last and e.loss_after is None]
 

@@ -19,7 +19,14 @@ from lightning_grow.trainer.budget import Budget, Meter, apply_changes_
 from lightning_grow.trainer.editing import agree, editing, refuse_module, refuse_strategy
 from lightning_grow.trainer.occasion import Occasion, check_choice, chosen, chosen_groups
 from lightning_grow.trainer.plateau import Plateau
-from lightning_grow.trainer.probe import count_of, example_inputs, largest_difference, outputs_if_possible, trace_module
+from lightning_grow.trainer.probe import (
+    count_of,
+    example_inputs,
+    largest_difference,
+    outputs_if_possible,
+    run_eagerly,
+    trace_module,
+)
 from lightning_grow.trainer.proposal import BlockEdit, Proposal, is_nothing
 from lightning_grow.trainer.record import Record
 from lightning_grow.trainer.reporting import log_final_sizes, log_sizes, loss_of, summary, to_events
@@ -149,12 +156,9 @@ class StructuralCallback(pl.Callback, ABC):
         Pure: equal on all ranks because everything in ``occasion`` is.
         """
 
-    def statistics(
-        self,
-        structure: Structure,  # noqa: ARG002
-        groups: Sequence[AxisGroup],  # noqa: ARG002
-    ) -> Mapping[str, Statistic]:
+    def statistics(self, structure: Structure, groups: Sequence[AxisGroup]) -> Mapping[str, Statistic]:
         """Return what to observe between the trigger and the event; nothing, by default."""
+        del structure, groups
         return {}
 
     # -- what a user may read --------------------------------------------------------------------------------------
@@ -216,7 +220,7 @@ class StructuralCallback(pl.Callback, ABC):
         self._is_ready = True
         check_choice(self._run.live_structure(pl_module), self.groups)
         self._run.begin(pl_module)
-        self._log_countdown = self._steps_to_log(trainer)
+        self._begin_to_log(trainer)
         if self._saved_window is not None:
             self._open_window(pl_module, self._saved_window)
             self._saved_window = None
@@ -255,7 +259,7 @@ class StructuralCallback(pl.Callback, ABC):
             return
         if self._run.last_event_step == trainer.global_step:
             return  # another callback's turn; the next step is ours
-        window = self._close_window()
+        window = self.close_window()
         statistics = {} if window is None else window.reduced(trainer)
         self._due = False
         self._event(trainer, pl_module, statistics, outputs, batch, batch_idx)
@@ -279,7 +283,7 @@ class StructuralCallback(pl.Callback, ABC):
             self._say_nothing_to_do(proposals)
             return
         for other in structural_callbacks(trainer):
-            other.interrupt()  # hooks on parameters go before these change
+            other.close_window()  # hooks on parameters go before these change
         before = outputs_if_possible(trainer, pl_module, batch, batch_idx) if self.verify else None
         with editing(trainer) as module:
             twins = copies_of(pl_module, trainer)
@@ -303,7 +307,7 @@ class StructuralCallback(pl.Callback, ABC):
             difference=difference,
         )
         self._run.add(events, trainer.global_step)
-        self._log_countdown = self._steps_to_log(trainer)
+        self._begin_to_log(trainer)
         rank_zero_only(log.info)("%s", summary(events))
 
     def _within_budget(
@@ -330,9 +334,9 @@ class StructuralCallback(pl.Callback, ABC):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._close_window()
+        self.close_window()
         if self._run.structure is not None:
-            log_final_sizes(trainer.loggers, self._sizes(pl_module), count_of(pl_module))
+            log_final_sizes(trainer.loggers, *self._sizes(pl_module))
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -343,7 +347,7 @@ class StructuralCallback(pl.Callback, ABC):
         self._release()
 
     def _release(self) -> None:
-        self._close_window()
+        self.close_window()
         if self._restorer is not None:
             self._restorer.release()
             self._restorer = None
@@ -390,7 +394,7 @@ class StructuralCallback(pl.Callback, ABC):
         forward = None
         if inputs is not None:
             args, kwargs = inputs
-            forward = lambda model: model(*args, **kwargs)  # noqa: E731
+            forward = lambda model: run_eagerly(model, *args, **kwargs)  # noqa: E731
         return Meter(self.budget, pl_module, structure, forward, trainer.strategy.broadcast)
 
     def _open_window(self, pl_module: pl.LightningModule, saved: dict[str, Any] | None = None) -> bool:
@@ -406,30 +410,27 @@ class StructuralCallback(pl.Callback, ABC):
         self._window.attach(pl_module)
         return True
 
-    def interrupt(self) -> None:
-        """Stop observing, because the model is about to change; the window begins again afterwards."""
-        self._close_window()
-
-    def _close_window(self) -> Window | None:
+    def close_window(self) -> Window | None:
+        """Stop observing, at an event or because another callback's is about to change the model."""
         window, self._window = self._window, None
         if window is not None:
             window.detach()
         return window
 
-    def _sizes(self, pl_module: pl.LightningModule) -> dict[str, int]:
-        if self._run.structure is None:
-            return {}
-        structure = self._run.live_structure(pl_module)
-        groups = {group.name: group.size for group in chosen_groups(structure, self.groups)}
-        return groups | {name: len(structure.stacks[name].blocks) for name in chosen(structure.stacks, self.groups)}
+    def _sizes(self, pl_module: pl.LightningModule) -> tuple[dict[str, int], int]:
+        """Return the sizes of what the user chose, and the number of parameters."""
+        structure = self._run.structure or Structure(groups={})
+        sizes, parameters = self._run.sizes(pl_module)
+        groups = [group.name for group in chosen_groups(structure, self.groups)]
+        return {name: sizes[name] for name in [*groups, *chosen(structure.stacks, self.groups)]}, parameters
 
     def _log_sizes(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, at_epoch_end: bool) -> None:
         if self._run.structure is not None:
-            log_sizes(trainer, pl_module, self._sizes(pl_module), count_of(pl_module), at_epoch_end=at_epoch_end)
+            log_sizes(trainer, pl_module, *self._sizes(pl_module), at_epoch_end=at_epoch_end)
 
-    def _steps_to_log(self, trainer: pl.Trainer) -> int:
-        """Return for how many steps to log, so that one of them is a step at which the loggers listen."""
-        return max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined, no-any-return]
+    def _begin_to_log(self, trainer: pl.Trainer) -> None:
+        """Log for so many steps that one of them is a step at which the loggers listen."""
+        self._log_countdown = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
     def _say_nothing_to_do(self, proposals: Sequence[Proposal]) -> None:
         """Tell once why an event changes nothing."""
