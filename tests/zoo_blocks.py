@@ -91,9 +91,10 @@ def features_taken_by_hooks() -> nn.Module:
     kept: list[Tensor] = []
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        kept.clear()
         self.blocks(self.stem(x))
-        return self.head(torch.relu(torch.cat(kept, dim=-1)))
+        features = torch.cat(kept, dim=-1)
+        kept.clear()
+        return self.head(torch.relu(features))
 
     model = tower(Perceptron(), Perceptron(), left=14)
     model.function = forward
