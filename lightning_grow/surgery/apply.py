@@ -81,6 +81,7 @@ class PlannedTensor:
     name: str
     tensor: Tensor
     maps: tuple[AxisMap, ...]
+    is_mask: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,17 +121,26 @@ def plan_model(model: nn.Module, edits: Iterable[Edit]) -> ModelPlan:
         m = _with_values(maps[key], axis, tensor, sizes, of_axis)
         if m.is_identity(tensor.shape[axis.dim]):
             continue
-        planned = tensors.get(id(tensor), PlannedTensor(axis.tensor, tensor, ()))
+        planned = tensors.get(id(tensor), PlannedTensor(axis.tensor, tensor, (), _is_mask(model, axis.tensor)))
         tensors[id(tensor)] = replace(planned, maps=tuple(sorted((*planned.maps, m), key=lambda m: m.dim)))
     attributes = [attribute for edit in by_group.values() for attribute in edit.group.attributes]
     new_sizes = {**sizes, **{name: edit.new_size for name, edit in by_group.items()}}
     return ModelPlan(tuple(tensors.values()), tuple(described(model, attributes, sizes, new_sizes)))
 
 
+def _is_mask(model: nn.Module, name: str) -> bool:
+    """Return whether a buffer is the mask of ``torch.nn.utils.prune`` beside a parameter."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    return leaf.endswith("_mask") and f"{leaf.removesuffix('_mask')}_orig" in dict(
+        module.named_parameters(recurse=False)
+    )
+
+
 def _commit(plan: ModelPlan, memories: Sequence[OptimizerMemory], new_state: str, commit: Commit) -> None:
     """Exchange tensor by tensor, so that only what a rollback needs is held twice."""
     for planned in plan.tensors:
-        value = edited(planned.tensor, planned.name, planned.maps)
+        value = edited(planned.tensor, planned.name, planned.maps, planned.is_mask)
         tensor_plan = TensorPlan(planned.name, planned.maps, planned.tensor.shape, value)
         for memory in memories:
             for change in memory.planned(planned.tensor, tensor_plan, new_state):

@@ -26,7 +26,7 @@ _SAMPLE = 2**17
 _DRAWS = 1_048_573
 
 
-def edited(tensor: Tensor, name: str, maps: tuple[AxisMap, ...]) -> Tensor:
+def edited(tensor: Tensor, name: str, maps: tuple[AxisMap, ...], is_mask: bool = False) -> Tensor:
     """Return a weight or buffer as it is after the edit.
 
     Random values are drawn on the CPU in float32 from the seed of the edit and the name of the tensor: they are equal
@@ -36,6 +36,7 @@ def edited(tensor: Tensor, name: str, maps: tuple[AxisMap, ...]) -> Tensor:
         tensor: The parameter or buffer, any dtype and device.
         name: Its qualified name.
         maps: Its edited axes.
+        is_mask: Whether the tensor only says which entries of another one take part; new ones do.
 
     Returns:
         A new tensor of the same dtype and device, detached, with the new length on each mapped axis.
@@ -48,7 +49,9 @@ def edited(tensor: Tensor, name: str, maps: tuple[AxisMap, ...]) -> Tensor:
     if out.is_meta:
         return out
     for m in sorted(maps, key=lambda m: (m.role == "consumed", m.dim)):
-        if m.has_new:
+        if m.has_new and is_mask:
+            write_new_(out, m, out.new_ones(()))
+        elif m.has_new:
             _fill_(out, tensor, f"{name}[{m.dim}]", m)
             for values in m.values:
                 _put_values_(out, m, values.tensor, values.source, tuple(o for o in maps if o is not m))

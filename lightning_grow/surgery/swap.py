@@ -10,11 +10,13 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -246,22 +248,29 @@ def _suspend_caches(module: nn.Module) -> None:
     """Let go of what a module keeps of its parameters."""
     if isinstance(module, nn.RNNBase):
         module._flat_weight_refs = []
-    for hook in _weight_hooks(module):
-        kept = module.__dict__.get(hook.name)
+    for name in _computed(module):
+        kept = module.__dict__.get(name)
         if isinstance(kept, Tensor) and kept.grad_fn is not None:
-            setattr(module, hook.name, kept.detach())
+            setattr(module, name, kept.detach())
 
 
 def _renew_caches(module: nn.Module) -> None:
     """Rebuild what a module keeps of its parameters."""
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
-    for hook in _weight_hooks(module):
+    for name, compute in _computed(module).items():
         with torch.enable_grad():
-            power = {"do_power_iteration": False} if isinstance(hook, SpectralNorm) else {}
-            setattr(module, hook.name, hook.compute_weight(module, **power))
+            setattr(module, name, compute())
 
 
-def _weight_hooks(module: nn.Module) -> list[WeightNorm | SpectralNorm]:
-    """Return the hooks of ``torch.nn.utils.weight_norm`` and ``spectral_norm``, which keep the weight they computed."""
-    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, (WeightNorm, SpectralNorm))]
+def _computed(module: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """Return weights that a module keeps although hooks compute them: weight norm, spectral norm and pruning masks."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            found[hook.name] = partial(hook.compute_weight, module)
+        elif isinstance(hook, SpectralNorm):
+            found[hook.name] = partial(hook.compute_weight, module, do_power_iteration=False)
+        elif isinstance(hook, BasePruningMethod):
+            found[hook._tensor_name] = partial(hook.apply_mask, module)
+    return found

@@ -269,6 +269,23 @@ def test_parametrized_weights_follow_through_their_originals(norm: str) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_masked_weights_follow_and_new_entries_take_part() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    for i in (0, 2):
+        nn.utils.prune.l1_unstructured(model[i], "weight", amount=0.5)
+    inputs = torch.randn(5, 3, dtype=torch.float64)
+    before = model(inputs).detach()
+    produced, consumed = "0.weight_orig[0] 0.weight_mask[0] 0.bias[0]", "2.weight_orig[1] 2.weight_mask[1]"
+    group = group_of("0", Units("0", "0.weight_orig", 0, 1), 4, produced, "", consumed, "0.out_features 2.in_features")
+    apply_(model, [Edit(group, (3, 1, 0, 2))])
+    torch.testing.assert_close(model(inputs).detach(), before)
+    apply_(model, [widen(group, 2)])
+    torch.testing.assert_close(model(inputs).detach(), before)
+    assert model[0].weight_mask[4:].all()
+    assert model[2].weight_mask[:, 4:].all()
+    assert int(model[2].weight_mask.sum()) == 4 + 4
+
+
 def test_values_of_an_edit_are_used() -> None:
     case = perceptron()
     rows, columns = torch.randn(2, 3), torch.randn(5, 2)
