@@ -27,6 +27,7 @@ from lightning_grow.surgery.depth import insert_, remove_
 from lightning_grow.surgery.restore import resize_like_
 from lightning_grow.trainer.record import Event, Record
 from lightning_grow.trainer.run import CHECKPOINT_KEY, Run, run_of
+from lightning_grow.trainer.twins import twins_of
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 _EXTENDED = ("on_save_checkpoint", "on_load_checkpoint")
@@ -87,8 +88,8 @@ class Restorer:
         original(checkpoint)
         saved = checkpoint.get(CHECKPOINT_KEY)
         self._pending = None if saved is None else dict(saved)
-        for twin in () if self.trainer is None else copies_of(self.module, self.trainer):
-            take_shape_(twin, checkpoint["state_dict"], self.run, self._pending)
+        for twin in () if self.trainer is None else twins_of(self.module, self.trainer):
+            take_shape_(twin.within(self.module), checkpoint["state_dict"], self.run, self._pending)
 
     def _before_weights(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_other: object) -> None:
         state_dict = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
@@ -128,14 +129,6 @@ def take_shape_(module: nn.Module, state_dict: Mapping[str, Any], run: Run, save
     except BaseException:
         _follow_depth_(module, wanted, done)
         raise
-
-
-def copies_of(module: pl.LightningModule, trainer: pl.Trainer) -> list[nn.Module]:
-    """Return the copies of a module that callbacks keep (weight averaging), which must change as it does."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    held = [value for callback in callbacks for value in vars(callback).values() if isinstance(value, nn.Module)]
-    inner = [m for value in held for m in value.modules() if type(m) is type(module) and m is not module]
-    return list(dict.fromkeys(inner))
 
 
 def load_from_checkpoint(cls: type[Module], checkpoint_path: str | Path, **kwargs: Any) -> Module:

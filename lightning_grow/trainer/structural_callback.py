@@ -30,9 +30,10 @@ from lightning_grow.trainer.probe import (
 from lightning_grow.trainer.proposal import BlockEdit, Proposal, is_nothing
 from lightning_grow.trainer.record import Record
 from lightning_grow.trainer.reporting import log_final_sizes, log_sizes, loss_of, summary, to_events
-from lightning_grow.trainer.resume import Restorer, copies_of
+from lightning_grow.trainer.resume import Restorer
 from lightning_grow.trainer.run import CHECKPOINT_KEY, Run, run_of
 from lightning_grow.trainer.triggers import Trigger, finished_epochs
+from lightning_grow.trainer.twins import twins_of
 from lightning_grow.trainer.window import Window
 
 log = logging.getLogger(__name__)
@@ -286,7 +287,7 @@ class StructuralCallback(pl.Callback, ABC):
             other.close_window()  # hooks on parameters go before these change
         before = outputs_if_possible(trainer, pl_module, batch, batch_idx) if self.verify else None
         with editing(trainer) as module:
-            twins = copies_of(pl_module, trainer)
+            twins = [twin.within(module) for twin in twins_of(module, trainer)]
             apply_changes_(module, changes, trainer.optimizers, self.new_state)
             for twin in twins:
                 apply_changes_(twin, changes)

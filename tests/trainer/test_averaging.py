@@ -1,7 +1,9 @@
 """Callbacks that keep an average of the weights: their copies change as the model does."""
 
+import copy
 import warnings
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
@@ -10,7 +12,7 @@ from torch import nn
 
 from lightning_grow.growth import Net2Net
 from lightning_grow.pruning import MagnitudePruning
-from lightning_grow.trainer.resume import copies_of
+from lightning_grow.trainer.twins import twins_of
 from tests.trainer.models import Perceptron, Residual, build, loader, state_of, trainer
 
 METHODS = pytest.mark.parametrize(
@@ -79,15 +81,53 @@ def test_stochastic_weight_averaging_follows(tmp_path, make):
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
-def test_copies_are_found_by_what_they_are(tmp_path):
-    """Whatever the callback calls them, and however deep they are wrapped."""
+class PartAverage(pl.Callback):
+    """As people write it: an average of a part of the module, parameter by parameter."""
 
-    class Keeps(EMAWeightAveraging):
-        def __init__(self, module):
-            super().__init__()
-            self.mine = nn.ModuleDict({"teacher": module})
+    def __init__(self, part):
+        self.part = part
+
+    def setup(self, trainer, pl_module, stage):
+        self.average = copy.deepcopy(pl_module.get_submodule(self.part))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        part = pl_module.get_submodule(self.part)
+        for mine, theirs in zip(self.average.parameters(), part.parameters(), strict=True):
+            mine.data.lerp_(theirs.data, 0.5)
+
+
+@METHODS
+def test_an_average_of_a_part_follows_and_resumes(tmp_path, make):
+    def callbacks(folder):
+        return [PartAverage("blocks"), make(), ModelCheckpoint(folder, "{epoch}", save_top_k=-1)]
+
+    first = callbacks(tmp_path)
+    _, module = fitted(tmp_path, first, enable_checkpointing=True)
+    shapes = [p.shape for p in module.blocks.parameters()]
+    assert [p.shape for p in first[0].average.parameters()] == shapes
+    again = callbacks(tmp_path)
+    run = trainer(tmp_path, *again, enable_checkpointing=True)
+    run.fit(build(Residual), loader(), loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert [p.shape for p in again[0].average.parameters()] == shapes
+
+
+def test_a_part_that_resembles_several_is_left_alone_and_named(tmp_path, caplog):
+    module = build(Residual)
+    keeps = PartAverage("blocks.0")
+    keeps.average = copy.deepcopy(module.blocks[0])
+    assert twins_of(module, trainer(tmp_path, keeps)) == []
+    assert "a Block that could be a copy of any of blocks.0, blocks.1" in caplog.text
+
+
+def test_copies_are_found_by_what_they_are(tmp_path):
+    """Whatever the callback calls them, and however deep they are wrapped; the module itself is no copy."""
+
+    class Keeps(pl.Callback):
+        def __init__(self, copied, itself):
+            self.mine = nn.ModuleDict({"teacher": copied})
+            self.model, self.part = itself, itself.fc1
 
     module, other = build(Perceptron), build(Perceptron)
-    run = trainer(tmp_path, Keeps(other))
-    assert copies_of(module, run) == [other]
-    assert copies_of(other, run) == []
+    (twin,) = twins_of(module, trainer(tmp_path, Keeps(other, module)))
+    assert (twin.copy, twin.path) == (other, "")
+    assert twin.within(module) is other
