@@ -8,7 +8,8 @@ the identity; every one that can have its value back without spoiling that gets 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.utils import _pytree as pytree
 from lightning_grow.structure.axes import Stack
 from lightning_grow.structure.sandbox import plain_layers, swap_in, tensors_in, unchanged
 from lightning_grow.structure.trials import perturbed
+
+_POSITION = re.compile(r"(^|_)(layer|block|depth|stage)?_?(idx|index|id|number)$")
 
 Identity = tuple[tuple[str, ...], tuple[str, ...]]
 """Parameters of a block to set to zero, and parameters to set to the identity."""
@@ -113,6 +116,30 @@ def make_identity_(block: nn.Module, zeroed: tuple[str, ...], identity: tuple[st
                 if module.affine and mean is not None:
                     module.weight.copy_(torch.sqrt(var + module.eps))
                     module.bias.copy_(mean)
+
+
+def counted(blocks: Sequence[nn.Module]) -> list[tuple[str, str, int]]:
+    """Return what blocks keep as their own position, such as ``layer_idx``: path in a block, attribute, first value.
+
+    It is a position if it counts up from block to block; in a stack of one block, if it is called so.
+    """
+    found = []
+    for path, module in blocks[0].named_modules():
+        others = [submodule(block, path) for block in blocks]
+        for name, first in list(vars(module).items()):
+            values = [None if other is None else vars(other).get(name) for other in others]
+            counts = type(first) is int and values == list(range(first, first + len(values)))
+            if counts and (len(values) > 1 or _POSITION.search(name)):
+                found.append((path, name, first))
+    return found
+
+
+def submodule(block: nn.Module, path: str) -> nn.Module | None:
+    """Return the module of this name in a block, or None."""
+    try:
+        return block.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, dict[str, nn.Module]]]:
@@ -220,6 +247,8 @@ def _stack(
         first, found = 1, _identity(block, calls[id(block)], at_start=False)
     new = copy.deepcopy(block)
     make_identity_(new, *(found or ((), ())))
+    for inner, attribute, start in counted([container.get_submodule(n) for n in run]):
+        setattr(new.get_submodule(inner), attribute, start + len(run))
     names = [n for n, _ in container.named_children()]
     behind = names[names.index(run[-1]) + 1] if run[-1] != names[-1] else ""
     obstacle = None if found else "a block is not the identity when its weights are zero"

@@ -8,7 +8,6 @@ tables, configurations) is shared with the new block too.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 
 from lightning_grow.structure.axes import Stack
 from lightning_grow.structure.errors import StructureError
-from lightning_grow.structure.stacks import inserted, make_identity_
+from lightning_grow.structure.stacks import counted, inserted, make_identity_, submodule
 from lightning_grow.surgery.membership import Membership
 from lightning_grow.surgery.swap import Commit
 
-_POSITION = re.compile(r"(^|_)(layer|block|depth|stage)?_?(idx|index|id|number)$")
 _PLAIN = (int, float, complex, str, bytes, type(None), type)
 
 
@@ -189,29 +187,9 @@ def _pairs(block: nn.Module, twin: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 
 def _renumber(commit: Commit, before: Sequence[nn.Module], after: Sequence[nn.Module]) -> None:
-    """Count anew what blocks keep as their own position, such as ``layer_idx``.
-
-    It is a position if it counts up from block to block; in a stack of one block, if it is called so.
-    """
-    for path in [name for name, _ in before[0].named_modules()]:
-        modules = [_submodule(block, path) for block in before]
-        if any(module is None for module in modules):
-            continue
-        for name, first in list(vars(modules[0]).items()):
-            if type(first) is not int:
-                continue
-            values = [vars(module).get(name) for module in modules]
-            counts = values == list(range(first, first + len(values)))
-            if not counts or (len(values) == 1 and not _POSITION.search(name)):
-                continue
-            for position, block in enumerate(after):
-                module = _submodule(block, path)
-                if module is not None and vars(module).get(name) != first + position:
-                    commit.attribute(module, name, first + position)
-
-
-def _submodule(block: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return block.get_submodule(path)
-    except AttributeError:
-        return None
+    """Count anew what blocks keep as their own position."""
+    for path, name, first in counted(before):
+        for position, block in enumerate(after, first):
+            module = submodule(block, path)
+            if module is not None and vars(module).get(name) != position:
+                commit.attribute(module, name, position)
