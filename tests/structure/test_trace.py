@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -272,3 +273,72 @@ def test_blocks_of_equal_build_and_different_widths_are_told_apart() -> None:
     blocks = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in zip([6, *widths], widths, strict=False)]
     structure = lg.trace(nn.Sequential(*blocks, nn.Linear(4, 2)), torch.ones(4, 6))
     assert [group.size for group in structure.groups.values()] == widths
+
+
+# Inputs and outputs of any kind
+
+
+class Batch:
+    """An object of somebody else's library."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+INPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "object": Batch,
+    "mapping that is no dict": lambda x: UserDict(x=x),
+    "numpy array": lambda x: x.numpy(),
+    "nested lists": lambda x: x.tolist(),
+    "tensor that needs a gradient": lambda x: x.requires_grad_(),
+    "bytes": lambda x: (x * 10).to(torch.uint8),
+    "double precision": lambda x: x.double(),
+}
+
+
+def take(batch: Any) -> Tensor:
+    """Make a float32 tensor of any of these."""
+    if isinstance(batch, Batch):
+        return batch.x
+    if isinstance(batch, UserDict):
+        return batch["x"]
+    return torch.as_tensor(batch).float()
+
+
+@pytest.mark.parametrize("make", INPUTS.values(), ids=list(INPUTS))
+def test_inputs_may_be_of_any_kind(make: Callable[[Tensor], Any]) -> None:
+    model = Model(lambda self, batch: self.layers(take(batch)), layers=perceptron())
+    structure = lg.trace(model, make(torch.rand(4, 5)))
+    assert labels(structure) == {"layers.0": {f"layers.{label}" for label in HIDDEN["0"]}}
+    assert structure["layers.0"].obstacle is None
+
+
+class Answer:
+    """An output that no container library knows."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "distribution": lambda y: torch.distributions.Normal(y, 1.0),
+    "object": Answer,
+    "nested": lambda y: {"a": [(y, None)], "b": "text"},
+    "several": lambda y: (y, y.sum(-1), y.argmax(-1)),
+}
+
+
+@pytest.mark.parametrize("wrap", OUTPUTS.values(), ids=list(OUTPUTS))
+def test_outputs_keep_their_size_whatever_they_are_wrapped_in(wrap: Callable[[Tensor], Any]) -> None:
+    """The logits inside a distribution were once taken for hidden units: growth would have added classes."""
+    model = Model(lambda self, x: wrap(self.layers(x)), layers=perceptron())
+    structure = lg.trace(model, torch.ones(4, 5))
+    assert labels(structure) == {"layers.0": {f"layers.{label}" for label in HIDDEN["0"]}}
+    assert structure.pinned["layers.2.weight[0]"].startswith("model output")
+
+
+def test_what_could_not_be_tried_promises_nothing() -> None:
+    """A forward that answers nothing that can be compared."""
+    model = Model(lambda self, x: self.layers(x).sum().item(), layers=perceptron())
+    structure = lg.trace(model, torch.ones(4, 5))
+    assert all(group.obstacle is not None for group in structure.groups.values())
