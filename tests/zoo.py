@@ -129,6 +129,33 @@ def python_sizes() -> nn.Module:
     return Model(forward, **layers, hidden=8, shape=(1, 6))
 
 
+@entry(normal(6, 5), Width("0.weight[0] 2.weight[1]", 8), pinned="0.weight[1]")
+def numbers_that_equal_a_width() -> nn.Module:
+    """Of three integers with the value of the width only one is the width; the others must stay."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weight(8, 5)
+            self.units = self.steps = self.temperature = 8
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = F.linear(x, self.weight).view(-1, self.units) / self.temperature
+            return torch.stack([hidden * step for step in range(self.steps)]).sum(0)
+
+    return nn.Sequential(Layer(), nn.ReLU(), nn.Linear(8, 3))
+
+
+@entry(normal(2, 8, 5), Width("first.weight[0] first.bias[0] second.weight[1]", 8), pinned="first.weight[1]")
+def sequence_as_long_as_wide() -> nn.Module:
+    """The length of the data and the width are kept side by side, and have the same value."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)).reshape(-1, self.length, self.width).mean(1))
+
+    return Model(forward, first=nn.Linear(5, 8), second=nn.Linear(8, 3), length=8, width=8)
+
+
 @entry(normal(6, 5), Width("0.weight[0] 0.bias[0] 3.weight[1]", 8), stochastic=True)
 def dropout() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 3))
