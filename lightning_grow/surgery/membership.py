@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_grow.surgery.optimizer_state import OptimizerMemory, initial_state
-from lightning_grow.surgery.state_slots import nested_optimizers, state_slots
+from lightning_grow.surgery.state_slots import Slot, nested_optimizers, state_slots
 from lightning_grow.surgery.swap import Commit
 
 
@@ -42,6 +42,8 @@ class Membership:
         """
         new_order = {id(p): i for i, p in enumerate(model_parameters)}
         partner = {id(old): new for old, new in twins}
+        beside = self._beside()
+        before = [list(group["params"]) for group in self._groups()]
         for group in self._groups():
             members: list[Tensor] = group["params"]
             joining = [partner[id(p)] for p in members if id(p) in partner]
@@ -53,21 +55,23 @@ class Membership:
             else:
                 last = max(i for i, p in enumerate(members) if id(p) in partner)
                 ordered = [*members[: last + 1], *joining, *members[last + 1 :]]
-            self._fill_parallel_(commit, members, ordered)
             commit.contents(members, ordered)
             self._begin_state_(commit, group, joining)
+        self._fill_beside_(commit, beside, before)
         self._forget_shared_(commit, [old for old, _ in twins])
 
     def remove_(self, commit: Commit, gone: Sequence[Tensor]) -> None:
         """Let parameters leave their groups, with all that is remembered about them; groups may become empty."""
         ids = {id(p) for p in gone}
         self._forget_shared_(commit, gone)
+        beside = self._beside()
+        before = [list(group["params"]) for group in self._groups()]
         for group in self._groups():
             members: list[Tensor] = group["params"]
             staying = [p for p in members if id(p) not in ids]
             if len(staying) < len(members):
-                self._fill_parallel_(commit, members, staying)
                 commit.contents(members, staying)
+        self._fill_beside_(commit, beside, before)
         containers = {id(s.container): s.container for s in state_slots(self._optimizer) if isinstance(s.key, Tensor)}
         for container in containers.values():
             kept = {key: value for key, value in container.items() if id(key) not in ids}
@@ -79,18 +83,30 @@ class Membership:
         groups = [group for nested in nested_optimizers(self._optimizer) for group in nested.param_groups]
         return list({id(group["params"]): group for group in groups}.values())
 
-    def _fill_parallel_(self, commit: Commit, members: Sequence[Tensor], ordered: Sequence[Tensor]) -> None:
-        """Keep lists that have one entry for each parameter beside them; new entries are copies of the parameters."""
-        lists: dict[int, tuple[list[Any], dict[int, Any]]] = {}
+    def _beside(self) -> list[tuple[Any, dict[int, Slot]]]:
+        """Return lists and mappings, other than the state, that have a tensor for each parameter."""
+        found: dict[int, tuple[Any, dict[int, Slot]]] = {}
         for slot in state_slots(self._optimizer):
-            if isinstance(slot.container, list):
-                _, entries = lists.setdefault(id(slot.container), (slot.container, {}))
-                entries[id(slot.parameter)] = slot.container[slot.key]
-        staying = {id(p) for p in members}
-        for container, entries in lists.values():
-            if set(entries) == staying:
-                filled = [entries[id(p)] if id(p) in entries else p.detach().clone() for p in ordered]
-                commit.contents(container, filled)
+            if slot.name != "state" and isinstance(slot.container[slot.key], Tensor):
+                _, slots = found.setdefault(id(slot.container), (slot.container, {}))
+                slots[id(slot.parameter)] = slot
+        return list(found.values())
+
+    def _fill_beside_(
+        self, commit: Commit, beside: Sequence[tuple[Any, dict[int, Slot]]], before: Sequence[Sequence[Tensor]]
+    ) -> None:
+        """Let lists and mappings beside the parameters, of a group or of all groups, keep an entry for each of them."""
+        now = [group["params"] for group in self._groups()]
+        runs = [*zip(before, now, strict=True), ([p for b in before for p in b], [p for n in now for p in n])]
+        for container, slots in beside:
+            ordered = next((after for old, after in runs if {id(p) for p in old} == set(slots)), None)
+            if ordered is None:
+                continue
+            kind = self._memory.kind_of(next(iter(slots.values())).name)
+            entries = [
+                (p, container[slots[id(p)].key] if id(p) in slots else kind.initial(p.detach())) for p in ordered
+            ]
+            commit.contents(container, [e for _, e in entries] if isinstance(container, list) else dict(entries))
 
     def _begin_state_(self, commit: Commit, group: dict[str, Any], joining: Sequence[Tensor]) -> None:
         """Give new parameters the state that the constructor of the optimizer gives; most give none."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lightning_grow.surgery.fill import fill_mean_, scale_, write_new_
 from lightning_grow.surgery.plan import AxisMap, TensorPlan, gather
-from lightning_grow.surgery.state_kinds import MASK, SQUARE, Kind, named_kind, observed_kind
+from lightning_grow.surgery.state_kinds import GRADIENT, MASK, SQUARE, Kind, named_kind, observed_kind
 from lightning_grow.surgery.state_slots import Slot, nested_optimizers, parameters_of, state_slots
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,10 @@ class OptimizerMemory:
             self._slots.setdefault(id(slot.parameter), []).append(slot)
         self._resets: dict[str, list[str]] = {}
         self._flat = self._places_of_all_parameters()
+
+    def kind_of(self, name: str) -> Kind:
+        """Return the kind of a tensor entry, by its name."""
+        return self._kinds.get(name, GRADIENT)
 
     def planned(self, parameter: Tensor, plan: TensorPlan, new_state: str) -> list[Change]:
         """Return what becomes of each place that remembers something about a parameter."""

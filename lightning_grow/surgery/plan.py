@@ -114,15 +114,6 @@ class TensorPlan:
             inverse.append(AxisMap(m.dim, m.role, back))
         return tuple(inverse)
 
-    @property
-    def is_new(self) -> Tensor:
-        """Return which entries are new: bool, broadcastable to the shape after the edit."""
-        ndim = len(self.old_shape)
-        new = torch.zeros([1] * ndim, dtype=torch.bool)
-        for m in self.maps:
-            new = new | m.shaped(m.index < 0, ndim)
-        return new
-
 
 def axis_map(dim: int, role: Role, layout: Layout, sizes: Mapping[str, int], edits: Mapping[str, Edit]) -> AxisMap:
     """Return the map of an axis under edits of any of its groups.

@@ -42,6 +42,10 @@ class Kind:
     new: Literal["zero", "mean", "always mean", "weight"]
     scale: float = 1.0
 
+    def initial(self, parameter: Tensor) -> Tensor:
+        """Return the entry of a parameter of which nothing is remembered yet."""
+        return parameter * self.scale if self.new == "weight" else torch.zeros_like(parameter)
+
 
 GRADIENT = Kind("gradient", 1, "zero")
 SQUARE = Kind("square", 2, "mean")

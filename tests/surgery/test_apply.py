@@ -395,6 +395,10 @@ def test_parameters_that_are_not_plain_tensors_are_refused() -> None:
     group = group_of("0", Units("0", "1.weight", 1, 1), 4, "0.weight[0]", "", "1.weight[1]")
     with pytest.raises(StructureError, match="run one batch"):
         apply_(model, [widen(group, 1)])
+    sharded = perceptron()
+    sharded.model[0].weight.device_mesh = "2 devices"
+    with pytest.raises(StructureError, match="sharded and wrapped tensors cannot be resized"):
+        apply_(sharded.model, [widen(sharded.groups["0"], 1)])
     sparse = nn.ParameterDict({"weight": nn.Parameter(torch.eye(4).to_sparse())})
     with pytest.raises(StructureError, match="only dense"):
         apply_(sparse, [widen(group_of("w", Units("w", "weight", 0, 1), 4, "weight[0]"), 1)])

@@ -172,6 +172,10 @@ def test_default_values_of_new_entries() -> None:
         assert not check_defaults(matrix[0], "produced").any()
         assert torch.equal(check_defaults(torch.ones(8), "carried"), torch.ones(8))
         assert torch.equal(check_defaults(torch.full((8, 1, 1), 1e-6), "carried"), torch.full((8, 1, 1), 1e-6))
+        waves = torch.randn(64, 64, generator=numbers, dtype=torch.complex64)
+        fresh = check_defaults(waves, "produced")
+        assert abs(float(torch.view_as_real(fresh).std()) / 0.7 - 1) < 0.1
+        assert torch.equal(check_defaults(torch.full((3,), 1 + 2j), "carried"), torch.full((3,), 1 + 2j))
         magnitudes = torch.tensor([[1.0], [3.0]])
         assert check_defaults(magnitudes, "produced").tolist() == [[2.0], [2.0]]
         table = torch.randn(5, 6, generator=numbers)

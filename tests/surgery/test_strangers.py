@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_grow.surgery import Edit, apply_, prune, split, widen
+from lightning_grow.surgery import Edit, apply_, insert_, prune, remove_, split, widen
 from lightning_grow.surgery.optimizer_state import plan_state
 from lightning_grow.surgery.plan import AxisMap, TensorPlan
 from tests.surgery.models import Case, perceptron
+from tests.surgery.test_depth import deep, stack, train
 
 
 class Averaged(torch.optim.Optimizer):
@@ -104,7 +105,7 @@ class Lookahead:
                 if self.calls % 2 == 0:
                     s.lerp_(p, 0.5)
                     p.copy_(s + 0.1 * self.fast_updates[p])
-        for p, first in zip(self.fast_updates, self.first, strict=True):
+        for p, first in zip((p for g in self.param_groups for p in g["params"]), self.first, strict=True):
             p.lerp_(first, 1e-3)
 
 
@@ -201,6 +202,26 @@ def test_slow_weights_beside_the_parameters_follow() -> None:
     assert torch.equal(slow["0.weight"][6:], case.model[0].weight[6:].detach())
     assert not slow["2.weight"][:, 6:].any()
     assert torch.equal(case.optimizer.first[0][6:], case.model[0].weight[6:].detach())
+
+
+def test_what_stands_beside_the_parameters_follows_changes_of_depth() -> None:
+    model = deep()
+    optimizer = Lookahead(torch.optim.AdamW([{"params": [p]} for p in model.parameters()], lr=0.01))
+    train(model, optimizer)
+    slow = {
+        id(p): s for [s], group in zip(optimizer.slow, optimizer.param_groups, strict=True) for p in group["params"]
+    }
+    first = dict(zip(map(id, model.parameters()), optimizer.first, strict=True))
+    insert_(model, stack(model), 1, [optimizer])
+    for entries, group in zip(optimizer.slow, optimizer.param_groups, strict=True):
+        for entry, p in zip(entries, group["params"], strict=True):
+            assert entry is slow[id(p)] if id(p) in slow else torch.equal(entry, p.detach())
+    assert all(any(kept is entry for entry in optimizer.first) for kept in first.values())
+    assert set(optimizer.fast_updates) == set(model.parameters())
+    train(model, optimizer)
+    remove_(model, stack(model), 0, [optimizer])
+    train(model, optimizer)
+    assert len(optimizer.first) == len(list(model.parameters())) == len(optimizer.fast_updates)
 
 
 def test_masks_follow_the_majority_and_queues_keep_their_length() -> None:
