@@ -353,16 +353,19 @@ def test_a_state_dict_of_torch_modules_needs_no_structure(entry: Entry) -> None:
 
 @every_model
 def test_tracing_again_gives_the_resized_structure(entry: Entry) -> None:
-    """Names stay, and the second trace is made in eval mode: the mode does not matter."""
+    """Names stay, and the second trace is made in eval mode: the mode does not matter.
+
+    Reasons are told by the first of like blocks that was looked at, so they may name another one afterwards.
+    """
     structure, model = structure_of(entry), widened(entry).eval()
     args, kwargs = entry.inputs()
     expected = structure.resized({name: group.size + group.step for name, group in structure.groups.items()})
     again = lg.trace(model, *args, **kwargs)
     assert list(again.groups) == list(expected.groups)
-    assert dict(again.pinned) == dict(expected.pinned)
+    assert list(again.pinned) == list(expected.pinned)
     for name, group in expected.groups.items():
         assert again[name] == group
-    assert again == expected
+    assert again.stacks == expected.stacks
 
 
 @every_model

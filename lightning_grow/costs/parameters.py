@@ -19,6 +19,7 @@ def count_parameters(model: nn.Module, structure: Structure, sizes: Mapping[str,
         sizes: Units by group name; groups that are not named keep the size they have now.
 
     Example:
+        >>> import torch
         >>> from lightning_grow.structure import trace
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> structure = trace(model, torch.zeros(1, 4))

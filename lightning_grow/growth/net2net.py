@@ -62,7 +62,7 @@ def net2wider(
         >>> from lightning_grow.structure import trace
         >>> from lightning_grow.surgery import apply_
         >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(3, 4)
-        >>> before = model(x)
+        >>> before = model(x).detach()
         >>> apply_(model, [net2wider(trace(model, x)["0"], num_units=4)])
         >>> model[0].out_features, torch.allclose(before, model(x), atol=1e-6)
         (12, True)

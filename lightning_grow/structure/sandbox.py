@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
 from lightning_grow.structure.axes import Attribute
@@ -58,16 +59,28 @@ def set_size(model: nn.Module, attribute: Attribute, size: Any) -> None:
     object.__setattr__(module, attribute.name, size)
 
 
-def tensors_in(output: Any, depth: int = 3) -> list[Tensor]:
-    """Return the tensors of an output: of nested containers, dataclasses and mappings."""
+def tensors_in(output: Any) -> list[Tensor]:
+    """Return the tensors of an output: of nested containers, dataclasses, mappings and distributions.
+
+    Other objects are looked into only where there is nothing else: a cache beside the answer is no answer.
+    """
+    return _tensors_in(output, 3, objects=False) or _tensors_in(output, 3, objects=True)
+
+
+def _tensors_in(output: Any, depth: int, *, objects: bool) -> list[Tensor]:
     found: list[Tensor] = []
     for leaf in pytree.tree_leaves(output):
+        inner: Iterable[Any] = ()
         if isinstance(leaf, Tensor):
             found.append(leaf)
-        elif depth and isinstance(leaf, Mapping):
-            found += [t for v in leaf.values() for t in tensors_in(v, depth - 1)]
-        elif depth and dataclasses.is_dataclass(leaf):
-            found += [t for f in dataclasses.fields(leaf) for t in tensors_in(getattr(leaf, f.name), depth - 1)]
+        elif isinstance(leaf, Mapping):
+            inner = leaf.values()
+        elif dataclasses.is_dataclass(leaf):
+            inner = [getattr(leaf, f.name) for f in dataclasses.fields(leaf)]
+        elif isinstance(leaf, Distribution) or (objects and hasattr(leaf, "__dict__")):
+            inner = list(vars(leaf).values())
+        for value in inner if depth else ():
+            found += _tensors_in(value, depth - 1, objects=objects)
     return found
 
 

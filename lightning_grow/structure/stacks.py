@@ -260,7 +260,7 @@ def _stack(
             obstacle = "a new block changes the output, although it returns its input"
     except Exception as error:  # the model's own code: anything can happen
         seen = {}
-        obstacle = f"the model fails with one more block ({type(error).__name__}: {error})"
+        obstacle = f"the model fails with one more block ({type(error).__name__})"
     if id(new) not in seen and not _is_list(container):
         return None
     return Stack(name, blocks, *(found or ((), ())), first=first, obstacle=obstacle)

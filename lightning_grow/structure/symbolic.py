@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -419,7 +420,9 @@ def _watched(model: nn.Module, observer: Observer) -> Iterator[None]:
         nn.modules.module.register_module_forward_hook(leave),
     ]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*global hooks on modules.*")  # compiled modules run as Python
+            yield
     finally:
         for handle in handles:
             handle.remove()

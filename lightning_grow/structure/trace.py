@@ -259,10 +259,10 @@ class _Tracer:
     def _sizes_that_pin(self, proposal: Proposal, bound: Mapping[Bound, Source]) -> list[dict[Bound, Source]]:
         """Return integers of modules that may be why axes are fixed, in the order in which to let them vary.
 
-        First all those that equal a fixed size, where it became fixed or in a module around it; then, one kind after
-        the other, those that divide one (heads, of which a fixed number makes a width).
+        First all those that equal a fixed size, where it became fixed or in a module around it, then one kind of them
+        after the other, then those that divide one (heads, of which a fixed number makes a width).
         """
-        equal: dict[Bound, Source] = {}
+        equal: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
         dividing: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
         for size, where in proposal.fixed_sizes:
             path = where
@@ -272,15 +272,18 @@ class _Tracer:
                     key = (path, name, index)
                     if key in bound or size % value:
                         continue
+                    kind = (type(module).__qualname__, name, index)
                     if value == size:
-                        equal[key] = value
+                        equal.setdefault(kind, {})[key] = value
                     elif path == where:
-                        dividing.setdefault((type(module).__qualname__, name, index), {})[key] = value
+                        dividing.setdefault(kind, {})[key] = value
                 if not path:
                     break
                 path = path.rpartition(".")[0]
         kinds = sorted(dividing.values(), key=lambda kind: min(v for v in kind.values() if isinstance(v, int)))
-        return ([equal] if equal else []) + kinds[:_MOST_KINDS]
+        together = {key: value for kind in equal.values() for key, value in kind.items()}
+        single = list(equal.values()) if len(equal) > 1 else []
+        return ([together] if together else []) + single[:_MOST_KINDS] + kinds[:_MOST_KINDS]
 
     def _freed(self, proposal: Proposal, bound: dict[Bound, Source]) -> Proposal:
         """Return the proposal with sizes kept in Python varying as well, where the model still runs and that helps."""
@@ -309,7 +312,7 @@ class _Tracer:
             trials = Trials(self.model, self.call, self.args, self.kwargs, tensors, train=len(self.modes) > 1)
         except UnrunnableError as error:
             log.warning("The structure of %s is not verified: %s.", type(self.model).__name__, error)
-            return {g.name: g for g in proposal.groups}, {}
+            return {g.name: replace(g, obstacle=f"not verified: {error}") for g in proposal.groups}, {}
         trials.sizes = {g.name: g.size for g in proposal.groups}
         self.written = trials.written
         chosen, reasons = choose_layouts(trials, proposal.groups, proposal.options)
