@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import logging
 import warnings
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_grow.structure import Structure, StructureError, trace, trace_call
+from lightning_grow.structure.stacks import find_stacks
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ def trace_module(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, ba
     args, kwargs = inputs or ((), {})
     if step and inputs is not None:
         both = f"{_STEP} and {_FORWARD}"
-        attempts.append((both, lambda probe: trace_call(probe, _Both(probe), step, args, kwargs)))
+        attempts.append((both, lambda probe: _both(probe, step, args, kwargs)))
     if step:
         attempts.append((_STEP, lambda probe: trace_call(probe, _Step(probe), *step)))
     if inputs is not None:
@@ -193,6 +195,12 @@ class _Step:
                 f"`{type(self._probe).__name__}.training_step` returns no loss and gives none to `manual_backward`"
             )
         return [returned, losses]
+
+
+def _both(probe: pl.LightningModule, step: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
+    """Trace a training step and ``forward`` together; stacks from one of them, for a block that runs twice is none."""
+    structure = trace_call(probe, _Both(probe), step, args, kwargs)
+    return dataclasses.replace(structure, stacks=find_stacks(probe, _Step(probe), step, {}))
 
 
 class _Both(_Step):

@@ -20,7 +20,7 @@ from lightning_grow.structure import StructureError
 from lightning_grow.structure.axes import tensor_of
 from lightning_grow.surgery import prune
 from lightning_grow.trainer import Proposal, StructuralCallback
-from tests.trainer.models import Perceptron, build, loader, trainer
+from tests.trainer.models import Perceptron, Residual, build, loader, trainer
 
 
 def fit(folder, *callbacks, module=None, data=None, **arguments):
@@ -583,6 +583,15 @@ def test_a_graph_that_is_kept_between_batches_is_refused_and_nothing_has_changed
     with pytest.raises(StructureError, match="graph"):
         fit(tmp_path, Net2Net(at_steps=[2]), module=module)
     assert module.fc1.weight.shape == (6, 4)
+
+
+def test_depth_is_found_where_step_and_example_input_are_there(tmp_path):
+    """Both are traced together, which runs each block twice."""
+    module = build(Residual)
+    module.example_input_array = torch.zeros(2, 4)
+    callback = Net2Net(at_steps=[2], width=False, depth=True)
+    fit(tmp_path, callback, module=module, max_epochs=1)
+    assert len(module.blocks) == 3
 
 
 def test_a_model_that_cannot_be_traced_says_how_it_was_tried(tmp_path):
