@@ -80,7 +80,8 @@ def trace_call(model: nn.Module, call: Callable[..., Any], *args: Any, **kwargs:
             f"Tracing {type(model).__name__} needs example inputs: trace(model, *args, **kwargs), "
             "or set 'example_input_array' on a LightningModule."
         )
-    return _Tracer(model, call, args, kwargs).structure()
+    with torch.inference_mode(False):
+        return _Tracer(model, call, args, kwargs).structure()
 
 
 class _Tracer:

@@ -134,7 +134,7 @@ class Trials:
                     for module in self._model.modules():
                         module.__dict__["training"] = self._train.get(id(module), True)
                     self._call(*args, **kwargs)
-            return [t if grad else t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
+            return [t if grad else t.detach().clone() for t in tensors_in(output) if _is_number(t)]
 
     def resized(
         self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor], share: Mapping[str, Tensor]
@@ -210,13 +210,17 @@ class _InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def perturbed(name: str, tensor: Tensor, strength: float = 1.0) -> Tensor:
     """Return values near the present ones of which no two are equal and none is zero; positive ones stay positive."""
-    if not tensor.is_floating_point() or not tensor.numel():
+    if not _is_number(tensor) or not tensor.numel():
         return tensor
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-    if bool((tensor > 0).all()):
+    if not tensor.is_complex() and bool((tensor > 0).all()):
         lift = 0.3 * strength if tensor.mean().item() < 0.05 else 0.0
         return tensor * torch.exp(0.1 * noise) + lift * (1 + 0.3 * noise.abs())
     spread = tensor.std().item() if tensor.numel() > 1 else 0.0
