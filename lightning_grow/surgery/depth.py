@@ -151,8 +151,12 @@ def _copy(model: nn.Module, block: nn.Module, changed: Sequence[str], stack: str
     held = {id(value): value for module in outside for value in _values(module) if value is not block}
     hooks = {id(value): value for module in inside for value in _hooks(module)}
     shared = {key: value for key, value in held.items() if not isinstance(value, _PLAIN)}
-    new = copy.deepcopy(block, {**shared, **hooks})
+    cached = {id(v): v.detach() for m in inside for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn}
+    new = copy.deepcopy(block, {**shared, **hooks, **cached})
     twins = dict(new.named_parameters())
+    unknown = [name for name in changed if name not in twins]
+    if unknown:
+        raise StructureError(f"The blocks of stack '{stack}' have no parameter '{unknown[0]}'. Trace the model again.")
     for name, parameter in block.named_parameters():
         if twins[name] is not parameter:
             vars(twins[name]).update(vars(parameter))

@@ -14,12 +14,13 @@ class of the optimizer:
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import math
 import numbers
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -384,8 +385,9 @@ def _like(container: Any, content: Any) -> Any:
     """Return ``content`` in a container of the same type."""
     if hasattr(container, "_fields"):
         return type(container)(*content)
-    if isinstance(container, deque):
-        return type(container)(content, container.maxlen)
-    if hasattr(container, "default_factory"):
-        return type(container)(container.default_factory, content)
-    return type(container)(content)
+    if not isinstance(container, (MutableMapping, MutableSequence)):
+        return type(container)(content)
+    new = copy.copy(container)  # types of the user's own may need arguments
+    new.clear()
+    new.update(content) if isinstance(new, MutableMapping) else new.extend(content)
+    return new

@@ -267,6 +267,8 @@ def test_hooks_and_computed_weights_do_not_hinder_a_copy() -> None:
 
     model = deep()
     model.blocks[1].register_forward_hook(Observer().seen)
+    model.blocks[1].last_output = model(INPUTS)
+    calls.clear()
     insert_(model, stack(model), 2)
     model(INPUTS)
     assert len(calls) == 2
@@ -301,6 +303,7 @@ def test_bad_arguments_are_refused_and_nothing_changes() -> None:
         (StructureError, "the norm comes last. Pass preserve=False", lambda: insert_(model, obstacle, 1)),
         (StructureError, "Trace it again", lambda: insert_(model, replace(found, blocks=("blocks.7",)), 1)),
         (StructureError, "children of one module", lambda: remove_(model, replace(found, blocks=("a.0", "b.0")), 1)),
+        (StructureError, "no parameter 'gone'", lambda: insert_(model, replace(found, zeroed=("gone",)), 1)),
         (StructureError, "'tied' of shape .* is shared", lambda: insert_(model, replace(found, zeroed=("tied",)), 1)),
         (ValueError, "none of the model's parameters", lambda: insert_(model, found, 1, [stranger])),
         (TypeError, r"pass \[optimizer\]", lambda: insert_(model, found, 1, stranger)),
