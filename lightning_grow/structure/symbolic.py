@@ -10,11 +10,9 @@ No data is touched: the tensors have sizes and types but no values.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -26,13 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_grow.structure.axes import Attribute
 from lightning_grow.structure.observe import INPUT, Bound, Expr, Observer, Trace, evaluate
 from lightning_grow.structure.probe import probe
 from lightning_grow.structure.repeat import Repeats
-from lightning_grow.structure.sandbox import plain_layers, set_size, swap_in, tensors_in, unchanged
+from lightning_grow.structure.replay import READS_VALUES, Made, plain_kernels
+from lightning_grow.structure.sandbox import set_size, swap_in, tensors_in, unchanged
 from lightning_grow.structure.twins import PlainTwins
 
 Source = tuple[str, int, int] | int
@@ -145,11 +143,11 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
             return super().dispatch(func, types, args, kwargs)
         outermost = self._depth == 0
         name = func.__name__.split(".")[0]
-        if outermost and self._replay is not None and name in _READS_VALUES:
+        if outermost and self._replay is not None and name in READS_VALUES:
             return self._replayed()
         if self._replay is not None and name == "nonzero":  # of a mask that is an index
             return self._replayed()
-        if name in _READS_VALUES and name != "_local_scalar_dense":
+        if name in READS_VALUES and name != "_local_scalar_dense":
             raise _DataDependentSizeError(f"'{name}' returns as much as the values say")
         if outermost:
             self.operator = name
@@ -173,85 +171,7 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
             raise _DataDependentSizeError("the model reads other values of tensors than it did on data")
         value = self._replay[self.position]
         self.position += 1
-        return pytree.tree_map_only(_Made, lambda m: torch.empty(m.shape, dtype=m.dtype, device=m.device), value)
-
-
-@dataclass(frozen=True)
-class _Made:
-    """Shape, type and device of a result."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-_READS_VALUES = {
-    "_local_scalar_dense",
-    "equal",
-    "is_nonzero",
-    "nonzero",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-    "masked_select",
-    "repeat_interleave",
-    "bincount",
-}
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down what operators that read values return while a model runs on data."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.values: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for mask in args[1] if func is torch.ops.aten.index.Tensor else ():
-            if mask is not None and mask.dtype in (torch.bool, torch.uint8):
-                self.values.append(_Made((int(mask.sum()), mask.ndim), torch.int64, mask.device))
-        if func.__name__.split(".")[0] in _READS_VALUES:
-            made = pytree.tree_map_only(Tensor, lambda t: _Made(tuple(t.shape), t.dtype, t.device), out)
-            self.values.append(made)
-        return out
-
-
-def record_outputs(model: nn.Module, call: Callable[[], Any], paths: Iterable[str]) -> dict[str, list[Any]]:
-    """Run the model on data, and return what some of its modules returned, call by call: sizes in place of tensors.
-
-    Raises:
-        Exception: Whatever the model raises. The model is unchanged then, too.
-    """
-    outputs: dict[str, list[Any]] = {path: [] for path in paths}
-
-    def recorder(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            made = pytree.tree_map_only(Tensor, lambda t: _Made(tuple(t.shape), t.dtype, t.device), output)
-            outputs[path].append(made)
-
-        return hook
-
-    with unchanged(model), _plain_kernels(), torch.no_grad():
-        handles = [model.get_submodule(path).register_forward_hook(recorder(path)) for path in outputs]
-        try:
-            call()
-        finally:
-            for handle in handles:
-                handle.remove()
-    return outputs
-
-
-def record(model: nn.Module, call: Callable[[], Any]) -> list[Any]:
-    """Run the model on data, in the mode that it is in, and return what it reads from tensors, in order.
-
-    Raises:
-        Exception: Whatever the model raises. The model is unchanged then, too.
-    """
-    recorder = _Recorder()
-    with unchanged(model), _plain_kernels(), torch.no_grad(), recorder:
-        call()
-    return recorder.values
+        return pytree.tree_map_only(Made, lambda m: torch.empty(m.shape, dtype=m.dtype, device=m.device), value)
 
 
 _SAME_MEMORY = {
@@ -353,7 +273,7 @@ def run(
         for path, outputs in (opaque or {}).items():
             model.get_submodule(path).__dict__["forward"] = _opaque(path, outputs, observer)
         stack.enter_context(_watched(model, observer))
-        stack.enter_context(_plain_kernels())
+        stack.enter_context(plain_kernels())
         stack.enter_context(_Probing(mode))
         stack.enter_context(PlainTwins())
         stack.enter_context(torch.no_grad())
@@ -377,7 +297,7 @@ def _opaque(path: str, outputs: Sequence[Any], observer: Observer) -> Callable[.
     def forward(*args: Any, **kwargs: Any) -> Any:
         for tensor in tensors_in((args, kwargs)):
             observer.trace.opaque += [(dim, path) for dim in observer.dims(tensor)]
-        return pytree.tree_map_only(_Made, lambda m: torch.empty(m.shape, dtype=m.dtype, device=m.device), next(left))
+        return pytree.tree_map_only(Made, lambda m: torch.empty(m.shape, dtype=m.dtype, device=m.device), next(left))
 
     return forward
 
@@ -443,19 +363,3 @@ def _bind(
             size = fakes[tensor].shape[dim] // divisor if divisor > 1 else fakes[tensor].shape[dim]
         trace.attributes[path, name, index] = _expr(size)
         set_size(model, Attribute(path, name, index, ()), size)
-
-
-@contextlib.contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Let layers and attention run as the operators that they are made of, and the engine keep silent."""
-    # These log what the caller gets as an exception.
-    names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
-    loggers = {log: log.disabled for log in map(logging.getLogger, names)}
-    for log in loggers:
-        log.disabled = True
-    try:
-        with plain_layers(), torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
-            yield
-    finally:
-        for log, disabled in loggers.items():
-            log.disabled = disabled

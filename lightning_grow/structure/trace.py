@@ -21,8 +21,9 @@ from lightning_grow.structure.errors import StructureError
 from lightning_grow.structure.modules import bookkeeping
 from lightning_grow.structure.observe import Bound, Trace
 from lightning_grow.structure.proposal import Proposal, Subject
+from lightning_grow.structure.replay import record, record_outputs
 from lightning_grow.structure.stacks import find_stacks
-from lightning_grow.structure.symbolic import Source, UntraceableError, record, record_outputs, run
+from lightning_grow.structure.symbolic import Source, UntraceableError, run
 from lightning_grow.structure.trials import Trials, UnrunnableError
 from lightning_grow.structure.verify import choose_layouts, judge
 
