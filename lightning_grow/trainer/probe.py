@@ -9,6 +9,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -48,15 +49,16 @@ def trace_module(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, ba
     """
     attempts: list[tuple[str, Callable[[pl.LightningModule], Structure]]] = []
     inputs = example_inputs(trainer, module)
-    step: tuple[Any, ...] = ()
+    steps: list[tuple[Any, ...]] = []
     with contextlib.suppress(StructureError):
-        step = _step_arguments(module, batch, batch_idx)
+        steps = [
+            _step_arguments(module, some, batch_idx) for some in (_first_examples(batch), batch) if some is not None
+        ]
     args, kwargs = inputs or ((), {})
-    if step and inputs is not None:
-        both = f"{_STEP} and {_FORWARD}"
-        attempts.append((both, lambda probe: _both(probe, step, args, kwargs)))
-    if step:
-        attempts.append((_STEP, lambda probe: trace_call(probe, _Step(probe), *step)))
+    for step in steps if inputs is not None else ():
+        attempts.append((f"{_STEP} and {_FORWARD}", partial(_both, step=step, args=args, kwargs=kwargs)))
+    for step in steps:
+        attempts.append((_STEP, partial(_step_alone, step=step)))
     if inputs is not None:
         attempts.append((_FORWARD, lambda probe: _whole(trace(probe, *args, **kwargs), probe)))
     reasons = []
@@ -73,6 +75,19 @@ def trace_module(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, ba
         f"{type(module).__name__} could not be traced. Set `example_input_array` to inputs of `forward` on which it "
         "runs without looking at the values of tensors. Tried: " + (" | ".join(reasons) or "nothing, as there was none")
     )
+
+
+def _step_alone(probe: pl.LightningModule, step: tuple[Any, ...]) -> Structure:
+    return trace_call(probe, _Step(probe), *step)
+
+
+def _first_examples(batch: Any, number: int = 4) -> Any | None:
+    """Return a batch of the first few examples, on which trials are cheaper; None if it is small or not all tensors."""
+    leaves = pytree.tree_leaves(batch)
+    lengths = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
+    if len(lengths) != 1 or not all(isinstance(leaf, Tensor) and leaf.ndim for leaf in leaves):
+        return None
+    return pytree.tree_map(lambda leaf: leaf[:number], batch) if lengths.pop() > 2 * number else None
 
 
 def _shared(trainer: pl.Trainer, structure: Structure) -> Structure:
