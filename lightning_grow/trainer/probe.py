@@ -51,14 +51,13 @@ def trace_module(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, ba
     inputs = example_inputs(trainer, module)
     steps: list[tuple[Any, ...]] = []
     with contextlib.suppress(StructureError):
-        steps = [
-            _step_arguments(module, some, batch_idx) for some in (_first_examples(batch), batch) if some is not None
-        ]
+        some = _first_examples(batch)
+        steps = [_step_arguments(module, b, batch_idx) for b in (some, batch) if b is not None]
     args, kwargs = inputs or ((), {})
-    for step in steps if inputs is not None else ():
-        attempts.append((f"{_STEP} and {_FORWARD}", partial(_both, step=step, args=args, kwargs=kwargs)))
-    for step in steps:
-        attempts.append((_STEP, partial(_step_alone, step=step)))
+    if inputs is not None:
+        both = f"{_STEP} and {_FORWARD}"
+        attempts += [(both, partial(_both, step=step, args=args, kwargs=kwargs)) for step in steps]
+    attempts += [(_STEP, partial(_step_alone, step=step)) for step in steps]
     if inputs is not None:
         attempts.append((_FORWARD, lambda probe: _whole(trace(probe, *args, **kwargs), probe)))
     reasons = []
