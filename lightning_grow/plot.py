@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 _INK = "#22303c"
@@ -257,7 +257,7 @@ def _draw_depth(panel: Axes, snapshots: Sequence[Snapshot], shades: Mapping[str,
 
 
 def _draw_curves(panel: Axes, curves: Mapping[str, Curve]) -> None:
-    low = []
+    low, high = [], []
     for name, curve in curves.items():
         steps, values = np.asarray(curve.steps, float), np.asarray(curve.values, float)
         usable = np.isfinite(values)
@@ -272,9 +272,16 @@ def _draw_curves(panel: Axes, curves: Mapping[str, Curve]) -> None:
         smooth = values if curve.held_out else _smoothed(values)
         panel.plot(steps, smooth, color=colour, linewidth=1.6, linestyle="--" if curve.faint else "-", label=name)
         low.append(smooth.min())
+        high.append(smooth.max())
     if low and min(low) > 0:
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if max(high) < 30 * min(low):  # too few powers of ten to read the scale from
+            panel.yaxis.set_minor_formatter(
+                FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+            )
+        else:
+            panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_ylabel("loss", color=_INK)
     if low:
         panel.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
