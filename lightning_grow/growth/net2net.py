@@ -121,7 +121,8 @@ def with_noise(edit: Edit, model: nn.Module, noise: float, generator: torch.Gene
         entries = entry_index(axis.layout, sizes, {group.name: copies})[is_new]
         share = entry_share(axis.layout, sizes, {group.name: torch.tensor(edit.share, dtype=torch.float64)})[is_new]
         values[axis.label] = _noisy(tensor_of(model, axis.tensor).detach(), axis, entries, share, noise, generator)
-    return replace(edit, index=tuple(new.tolist()), values=values)
+    parents = torch.where(new < 0, copies, -1)
+    return replace(edit, index=tuple(new.tolist()), values=values, parents=tuple(parents.tolist()))
 
 
 def _noisy(

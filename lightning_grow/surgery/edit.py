@@ -30,6 +30,8 @@ class Edit:
             length of that axis replaced by the number of its new entries, in the order of the axis. Axes that are
             not named get default values.
         seed: Seeds the default values of new entries: equal on all ranks, and independent of torch's global state.
+        parents: For each unit after the edit, the unit from whose fan-out a new one was given its share, or -1; empty
+            where no new unit was given any. It tells what is handed back when the edit is shortened.
 
     Raises:
         ValueError: If the edit copies a unit that does not exist, leaves no unit, violates ``group.step``, has not as
@@ -50,6 +52,7 @@ class Edit:
     share: tuple[float, ...] = ()
     values: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
+    parents: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         name, size = self.group.name, self.group.size

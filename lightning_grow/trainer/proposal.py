@@ -71,10 +71,14 @@ def trimmed(edit: Edit, size: int, sizes: Mapping[str, int]) -> Edit:
         if found:
             for place in places:
                 share[place] = wanted if len(places) == 1 else share[place] * wanted / found
+    for parent, part in zip(edit.parents[size:], edit.share[size:], strict=False):
+        if parent >= 0:
+            whole = share[parent] + part
+            share[parent] = 1.0 if abs(whole - 1) < _ROUND_OFF else whole
     axes = {axis.label: axis for axis in edit.group.axes}
     given = edit.values if -1 in index else {}
     values = {label: _kept_values(value, edit, axes[label], size, sizes) for label, value in given.items()}
-    return replace(edit, index=index, share=tuple(share), values=values)
+    return replace(edit, index=index, share=tuple(share), values=values, parents=edit.parents[:size])
 
 
 def _kept_values(value: Tensor, edit: Edit, axis: Axis, size: int, sizes: Mapping[str, int]) -> Tensor:

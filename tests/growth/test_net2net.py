@@ -11,6 +11,7 @@ from lightning_grow.growth import Net2Net, net2deeper, net2wider, with_noise
 from lightning_grow.structure import StructureError, trace
 from lightning_grow.structure.axes import Stack
 from lightning_grow.surgery import apply_
+from lightning_grow.trainer.proposal import trimmed
 from tests.zoo import ZOO
 
 X = torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -202,3 +203,17 @@ def test_the_callback_leaves_groups_with_an_obstacle_alone():
     occasion = Occasion(model, structure, tuple(structure.groups.values()), (), {}, step=3, seed=0)
     proposals = Net2Net(every_n_steps=1).propose(occasion)
     assert [(p.change.group.name, len(p.change.index)) for p in proposals] == [("3", 7)]
+
+
+@torch.no_grad()
+def test_a_noisy_edit_that_is_shortened_gives_fan_out_back():
+    """Once, a budget that dropped noisy copies left their parents with less than their whole fan-out."""
+    model = perceptron()
+    noisy = with_noise(net2wider(GROUP, 4), model, 0.1, torch.Generator().manual_seed(2))
+    nothing = trimmed(noisy, GROUP.size, {GROUP.name: GROUP.size})
+    assert nothing.is_identity
+    shorter, x = trimmed(noisy, GROUP.size + 2, {GROUP.name: GROUP.size}), torch.randn(5, 4, dtype=torch.float64)
+    before, columns = model(x), model[2].weight.sum(1)
+    apply_(model, [shorter])
+    torch.testing.assert_close(model[2].weight.sum(1), columns)
+    assert float((model(x) - before).abs().max()) < 0.5
