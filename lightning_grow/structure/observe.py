@@ -310,9 +310,18 @@ class Observer:
                     role = "carried"
                 else:
                     role = "produced"
-                for symbol in expr.free_symbols:
+                for symbol in self._own_symbols(tensor, expr):
                     if role == "consumed" or symbol not in self.trace.roles:
                         self.trace.roles[symbol] = role
+
+    def _own_symbols(self, tensor: Tensor, expr: Expr) -> set[Expr]:
+        """Return the symbols of a size; of a view of a weight those of the weight, where the engine put in equal ones."""
+        name = self.owner[tensor]
+        own = {s for d in range(tensor.ndim + 1) if (s := self.trace.symbols.get((name, d))) is not None}
+        if expr.free_symbols & own:
+            return set(expr.free_symbols & own)
+        equal = {s for s in own if self.env.replace(s) == self.env.replace(expr)}
+        return equal if len(equal) == 1 else set(expr.free_symbols)
 
     def _roles_among_weights(self, name: str, args: tuple[Any, ...], inputs: list[Tensor]) -> None:
         """In a product of two weights, the left one's units are consumed: zeros there are enough."""

@@ -56,7 +56,7 @@ class _Call:
 
     observer: Observer
     key: list[Hashable] = field(default_factory=list)
-    symbols: list[Expr] = field(default_factory=list)
+    symbols: dict[Expr, Expr] = field(default_factory=dict)
     raw: list[Expr] = field(default_factory=list)
     tensors: list[str] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
@@ -69,12 +69,11 @@ class _Call:
         self.raw.append(raw)
 
     def _expr(self, expr: Expr) -> None:
-        for symbol in sorted(expr.free_symbols, key=str):
+        for symbol in sorted(expr.free_symbols, key=_name):
             if symbol not in self.symbols:
-                self.symbols.append(symbol)
+                self.symbols[symbol] = sympy.Symbol(f"x{len(self.symbols)}")
                 self.key.append(self.observer.trace.hints.get(symbol))
-        names = {s: sympy.Symbol(f"x{self.symbols.index(s)}") for s in expr.free_symbols}
-        self.key.append(str(expr.xreplace(names)))
+        self.key.append(self.symbols[expr] if expr.is_Symbol else expr.xreplace(self.symbols))
 
     def value(self, value: Any) -> None:
         """Add a setting or an argument."""
@@ -92,6 +91,10 @@ class _Call:
             self.value(list(value.__defaults__ or ()))
         else:
             self.key.append(id(value))
+
+
+def _name(symbol: Expr) -> str:
+    return str(symbol.name)
 
 
 class Repeats:
@@ -124,10 +127,11 @@ class Repeats:
             leaves, spec = pytree.tree_flatten(out)
             outputs = [self._output(leaf, mine) for leaf in leaves]
             if None not in outputs:
+                symbols = list(mine.symbols)
                 read = self._engine.position - position
                 found = [o for o in outputs if o is not None]
                 end = self._observer.mark()
-                self._seen[key] = _Seen(path, mine.tensors, mine.symbols, mine.raw, start, end, read, found, spec)
+                self._seen[key] = _Seen(path, mine.tensors, symbols, mine.raw, start, end, read, found, spec)
             return out
 
         return call
@@ -179,7 +183,7 @@ class Repeats:
 
     def _translatable(self, raw: Expr, call: _Call) -> Expr | None:
         """Return a size in symbols of which those of another call are known; None if there is no such form."""
-        known = {*call.symbols, *(r for r in call.raw if r.is_Symbol)}
+        known = call.symbols.keys() | {r for r in call.raw if r.is_Symbol}
         forms = (self._observer.env.replace(raw), raw)
         return next((form for form in forms if form.free_symbols <= known), None)
 

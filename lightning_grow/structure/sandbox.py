@@ -20,7 +20,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Put back whatever attributes the modules set, and random generators, however the body ends."""
     saved = [(module, dict(module.__dict__)) for module in model.modules()]
     inner = [
-        (value, value.copy())
+        (value, value.copy() if value else None)  # most are empty
         for _, attributes in saved
         for value in attributes.values()
         if isinstance(value, (dict, list, set))
@@ -32,7 +32,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         finally:
             for value, copy in inner:
                 value.clear()
-                value.extend(copy) if isinstance(value, list) else value.update(copy)
+                if copy is not None:
+                    value.extend(copy) if isinstance(value, list) else value.update(copy)
             for module, attributes in saved:
                 module.__dict__.clear()
                 module.__dict__.update(attributes)

@@ -45,7 +45,7 @@ class Solution:
         """Return ``expr`` as a polynomial in unit counts; divisions that do not divide are left in."""
         if expr in self._cache:
             return self._cache[expr]
-        result = expr
+        result = self._last(expr) if expr.is_Symbol else expr
         while True:
             symbols = [s for s in result.free_symbols if s in self.known]
             if not symbols:
@@ -56,6 +56,15 @@ class Solution:
         result = sympy.expand(self._divide(result)) if result.free_symbols else self._divide(result)
         self._cache[expr] = result
         return result
+
+    def _last(self, symbol: Expr) -> Expr:
+        """Return the last of a chain of equal symbols, and shorten the chain."""
+        last = symbol
+        while (after := self.known.get(last)) is not None and after.is_Symbol:
+            last = after
+        if last is not symbol:
+            self.known[symbol] = last
+        return last
 
     def size(self, expr: Expr) -> int:
         """Return the size in the model at hand."""
@@ -99,7 +108,7 @@ class Solution:
 
     def solve(self, facts: Iterable[Expr], divisible: Iterable[tuple[Expr, Expr]]) -> None:
         """Use up all equations. Symbols in an equation that is not understood are fixed at their present size."""
-        queue = deque(facts)
+        queue = deque(fact for fact in facts if not self._use_equality(fact))
         pairs = list(divisible)
         for top, bottom in pairs:
             if bottom.is_Integer:
@@ -159,6 +168,16 @@ class Solution:
         coefficients = {s: int(poly.coeff_monomial(s)) for s in symbols}
         constant = int(poly.coeff_monomial(1))
         return self._use_linear(coefficients, constant)
+
+    def _use_equality(self, fact: Expr) -> bool:
+        """Use an equation that says no more than that two symbols are equal, as most do; False if it says more."""
+        terms = [term.as_coeff_Mul() for term in fact.args] if fact.is_Add and len(fact.args) == 2 else []
+        if sorted(c for c, _ in terms) != [-1, 1] or not all(symbol.is_Symbol for _, symbol in terms):
+            return False
+        first, second = sorted((self._last(symbol) for _, symbol in terms), key=str)
+        if first != second:
+            self._set(first, second)
+        return True
 
     def _use_linear(self, coefficients: dict[Expr, int], constant: int) -> bool:
         if len(coefficients) == 1:

@@ -21,9 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.symbol import SymT, make_symbol
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from lightning_grow.structure.axes import Attribute
 from lightning_grow.structure.observe import INPUT, Bound, Expr, Observer, Trace, evaluate
@@ -32,6 +35,9 @@ from lightning_grow.structure.repeat import Repeats
 from lightning_grow.structure.replay import READS_VALUES, Made, plain_kernels
 from lightning_grow.structure.sandbox import set_size, swap_in, tensors_in, unchanged
 from lightning_grow.structure.twins import PlainTwins
+
+_FIRST_SYMBOL = 10**9  # far from the numbers that the engine itself gives
+_ABOVE_ONE = ValueRanges(2, int_oo)
 
 Source = tuple[str, int, int] | int
 """What a size kept as a Python integer follows: tensor, dimension, divisor; or its value, to vary by itself."""
@@ -64,6 +70,8 @@ class _Env(ShapeEnv):
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self.strict = False
+        self._made = 0
+        self._place: Any = None
         super().__init__(duck_shape=False)
 
     # What a `probe` needs to know of sizes.
@@ -94,6 +102,26 @@ class _Env(ShapeEnv):
         for symbol, c in terms.items():
             total += int(c * bottom) * self.create_symintnode(symbol, hint=self.hint(symbol, {}))
         return total // bottom if bottom > 1 else total
+
+    def new_size(self, label: str, size: int) -> Any:
+        """Return a size above 1 that may vary, as a symbol of its own.
+
+        Does what ``create_symbol`` does but for its proof that a size above 1 is above 1, which takes most of the time.
+        Names count up, so that sympy knows the symbols again in the next run.
+        """
+        symbol = make_symbol(SymT.SIZE, _FIRST_SYMBOL + self._made, positive=True, integer=True)
+        self._made += 1
+        source = ConstantSource(label)
+        if self._place is None:
+            self._place = ValueRangesSLoc(self._get_sloc(), self._get_sloc())
+        values = self.backed_var_to_val if hasattr(self, "backed_var_to_val") else self.var_to_val  # torch 2.9 to 2.11
+        values[symbol] = sympy.Integer(size)
+        self.source_to_var[source.name] = symbol
+        self.var_to_sources[symbol] = [source]
+        self.var_to_range[symbol] = _ABOVE_ONE
+        self.var_to_range_sloc[symbol] = self._place
+        self.symbol_guard_counter[symbol] = 0
+        return self.create_symintnode(symbol, hint=size, source=source)
 
     # Re-simplifying every floor division at each new fact makes tracing quadratic in depth, and finds nothing more.
     @property
@@ -308,14 +336,18 @@ def _pretend(name: str, tensor: Tensor, sizes: Mapping[tuple[str, int], int]) ->
     return tensor if shape == list(tensor.shape) else tensor.new_empty(shape)
 
 
-def _symbolic(mode: FakeTensorMode, name: str, tensor: Tensor, static: Sequence[int]) -> Tensor:
-    """Return a fake tensor whose axes are symbols, except those that are static or of size 0 or 1."""
-    dynamic = [
-        DimDynamic.STATIC if d in static or size < 2 else DimDynamic.DYNAMIC for d, size in enumerate(tensor.shape)
+def _symbolic(mode: _Mode, name: str, tensor: Tensor, static: Sequence[int]) -> Tensor:
+    """Return a fake tensor whose axes are symbols, except those that are static or of size 0 or 1.
+
+    What is on the meta device counts as being on the CPU, where example inputs are.
+    """
+    shape = [
+        size if d in static or size < 2 else mode.env.new_size(f"{name}[{d}]", size)
+        for d, size in enumerate(tensor.shape)
     ]
-    context: Any = StatelessSymbolicContext(dynamic_sizes=dynamic, constraint_sizes=[None] * tensor.ndim)
-    fake: Tensor = mode.from_tensor(tensor.detach(), source=ConstantSource(name), symbolic_context=context)
-    return fake
+    device = "cpu" if tensor.is_meta else tensor.device
+    with mode:
+        return torch.empty(shape, dtype=tensor.dtype, device=device)
 
 
 @contextlib.contextmanager
@@ -349,15 +381,14 @@ def _watched(model: nn.Module, observer: Observer) -> Iterator[None]:
 
 
 def _bind(
-    model: nn.Module, mode: FakeTensorMode, fakes: Mapping[str, Tensor], bound: Mapping[Bound, Source], trace: Trace
+    model: nn.Module, mode: _Mode, fakes: Mapping[str, Tensor], bound: Mapping[Bound, Source], trace: Trace
 ) -> None:
     """Give sizes that modules keep as Python integers the symbols of the axes that they stand for."""
     for (path, name, index), source in bound.items():
         if isinstance(source, int):
             label = f"{path}.{name}" if index is None else f"{path}.{name}[{index}]"
-            size: Any = _symbolic(mode, label, torch.empty(source, device="meta"), ()).shape[0]
-            if isinstance(size, torch.SymInt):
-                trace.hints[_expr(size)] = source
+            size: Any = mode.env.new_size(label, source)
+            trace.hints[_expr(size)] = source
         else:
             tensor, dim, divisor = source
             size = fakes[tensor].shape[dim] // divisor if divisor > 1 else fakes[tensor].shape[dim]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_grow.structure.axes import AxisGroup, Block, Layout, Structure, Units
+from lightning_grow.structure.axes import AxisGroup, Block, Layout, Stack, Structure, Units
 from lightning_grow.structure.errors import StructureError
 from lightning_grow.structure.modules import bookkeeping
 from lightning_grow.structure.observe import Bound, Trace
@@ -24,7 +24,7 @@ from lightning_grow.structure.proposal import Proposal, Subject
 from lightning_grow.structure.replay import record, record_outputs
 from lightning_grow.structure.stacks import find_stacks
 from lightning_grow.structure.symbolic import Source, UntraceableError, run
-from lightning_grow.structure.trials import Trials, UnrunnableError
+from lightning_grow.structure.trials import Trials, UnrunnableError, with_values
 from lightning_grow.structure.verify import choose_layouts, judge
 
 log = logging.getLogger(__name__)
@@ -91,12 +91,13 @@ class _Tracer:
     def __init__(
         self, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self.model, self.call, self.args, self.kwargs = model, call, args, kwargs
+        self.model, self.call = model, call
+        self.args, self.kwargs = pytree.tree_map_only(Tensor, with_values, (args, kwargs))
         self.subject = Subject(model)
         self.modules = self.subject.modules
         self.narrow: dict[tuple[str, int], int] = {}
         self.replay: list[Any] | None = None
-        self.written: set[str] = set()
+        self.trials: Trials | None = None
         self.opaque: dict[str, list[Any]] = {}
         self.modes: tuple[bool | None, ...] = (None,)
         self.repeats = True
@@ -105,12 +106,21 @@ class _Tracer:
         groups, pinned, doubtful = self._found()
         if doubtful:
             # Blocks may look alike and behave differently, by their position or what hooks do: look at each of them.
-            self.repeats = False
+            trials, self.repeats = self.trials, False
             others, still, _ = self._found()
             if len(still) < len(pinned):
                 groups, pinned = others, still
-        stacks = find_stacks(self.model, self.call, self.args, self.kwargs, self.written)
+            else:
+                self.trials = trials
+        stacks = self._stacks()
         return Structure(groups=groups, stacks=stacks, pinned=_in_order(pinned, self.subject.named))
+
+    def _stacks(self) -> dict[str, Stack]:
+        """Look for stacks in the miniature, if there is one."""
+        if self.trials is None:
+            return find_stacks(self.model, self.call, self.args, self.kwargs)
+        with self.trials.miniature() as (args, kwargs):
+            return find_stacks(self.model, self.call, args, kwargs, self.trials.written)
 
     def _found(self) -> tuple[dict[str, AxisGroup], dict[str, str], bool]:
         """Return groups and pinned axes, and whether tracing repeated blocks once may have hidden something."""
@@ -309,17 +319,19 @@ class _Tracer:
     def _verified(self, proposal: Proposal) -> tuple[dict[str, AxisGroup], dict[str, str]]:
         if not proposal.groups:
             return {}, {}
-        tensors = {a.tensor for g in proposal.groups for a in g.axes}
+        train = len(self.modes) > 1
         try:
-            trials = Trials(self.model, self.call, self.args, self.kwargs, tensors, train=len(self.modes) > 1)
+            trials = Trials(self.model, self.call, self.args, self.kwargs, proposal.groups, train=train)
         except UnrunnableError as error:
             log.warning("The structure of %s is not verified: %s.", type(self.model).__name__, error)
             return {g.name: replace(g, obstacle=f"not verified: {error}") for g in proposal.groups}, {}
-        trials.sizes = {g.name: g.size for g in proposal.groups}
-        self.written = trials.written
-        chosen, reasons = choose_layouts(trials, proposal.groups, proposal.options)
+        self.trials = trials
+        options = {name: [trials.cut(g) for g in others] for name, others in proposal.options.items()}
+        chosen, reasons = choose_layouts(trials, [trials.cut(g) for g in proposal.groups], options)
         judged, more = judge(trials, chosen, proposal.mixing)
         reasons |= more
+        full = {g.name: g.size for g in proposal.groups}
+        judged = [replace(g, size=full[g.name]) for g in judged]
         groups, pinned = _without(judged, proposal.groups, reasons)
         if self.call is not self.model:
             ends = {

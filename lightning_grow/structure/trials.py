@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +14,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_grow.structure.axes import Attribute, AxisGroup, layout_length
+from lightning_grow.structure.axes import AxisGroup, layout_length, layout_units
 from lightning_grow.structure.layout import entry_index, entry_share
 from lightning_grow.structure.sandbox import plain_layers, set_size, swap_in, tensors_in, unchanged
+
+MOST_BYTES = 4 << 30
+"""Most memory for a copy in float64; what is larger is tried in the precision that it has."""
 
 _EXACT = 1e-9
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -25,22 +30,25 @@ class UnrunnableError(RuntimeError):
 
 
 class Trials:
-    """Runs a model with resized tensors and compares outputs.
+    """Runs a miniature of a model with resized tensors and compares outputs.
+
+    Verification needs the model's code, not its size: the groups are cut down to a few units each, so that a run takes
+    little time and memory however large the model is. A group that cannot be cut down keeps its size.
 
     Weights are perturbed, so that layers that start at zero hide nothing. Where the model runs in float64, and casts
     to lower precision inside it can be skipped, outputs count as equal up to rounding in float64; otherwise in the
     precision that they have.
 
     Args:
-        model: The model. It is left unchanged.
+        model: The model. It is left unchanged. Tensors on the meta device are given random values.
         call: Runs it on ``args`` and ``kwargs``.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
-        names: Tensors that take part in some group.
+        groups: The groups, each with its likeliest layout.
         train: Whether to run in train mode as well; a model that is in train mode is run there in any case.
 
     Attributes:
-        sizes: Units of each group.
+        sizes: Units of each group in the miniature.
         written: Tensors that the model itself writes to when it runs.
 
     Raises:
@@ -53,46 +61,94 @@ class Trials:
         call: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        names: set[str],
+        groups: Sequence[AxisGroup],
         *,
         train: bool = False,
     ) -> None:
         self._model, self._call, self._args, self._kwargs = model, call, args, kwargs
         self._named = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
-        if any(t.device.type == "meta" for t in self._named.values()):
-            raise UnrunnableError("its tensors are on the meta device")
-        self._in_groups = names
+        unknown = [n for n, t in self._named.items() if t.device.type == "meta" and not _is_number(t)]
+        if unknown:
+            raise UnrunnableError(f"the values of '{unknown[0]}' are not known: it is on the meta device")
+        self._axes = {axis.label: axis for group in groups for axis in group.axes}
+        self._attributes = list(dict.fromkeys(a for group in groups for a in group.attributes))
+        self._full = {group.name: group.size for group in groups}
         self.sizes: dict[str, int] = {}
         self.written: set[str] = set()
         flags = {id(module): train or module.training for module in model.modules()}
         self._train = flags if any(flags.values()) else {}
+        few = few_units(groups)
+        error = self._begin(few)
+        if error is not None:
+            cut = self._can_be_cut(list(few), few)
+            error = self._begin({name: few[name] for name in cut}) and self._begin({})
+        if error is not None:
+            raise UnrunnableError(f"its forward fails on the example input ({type(error).__name__}: {error})")
+
+    def _begin(self, few: Mapping[str, int]) -> Exception | None:
+        """Make the miniature with so many units of some groups; return the error if it does not run in any way."""
+        self.sizes = {**self._full, **few}
         error: Exception | None = None
         for dtype, keep, strength in _WAYS:
+            if dtype is not None and self._bytes(dtype) > MOST_BYTES:
+                continue
             try:
                 self._prepare(dtype, keep, strength)
             except Exception as e:  # the model's own code: anything can happen
                 error = e
             else:
-                return
-        raise UnrunnableError(f"its forward fails on the example input ({type(error).__name__}: {error})")
+                return None
+        return error or UnrunnableError("it is too large")
+
+    def _can_be_cut(self, names: Sequence[str], few: Mapping[str, int]) -> list[str]:
+        """Return the groups that can be cut down to a few units, each together with others or alone."""
+        if len(names) < 2:
+            return []
+        found: list[str] = []
+        half = len(names) // 2
+        for part in (names[:half], names[half:]):
+            whole = self._begin({name: few[name] for name in part}) is None
+            found += part if whole else self._can_be_cut(part, few)
+        return found
+
+    def _bytes(self, dtype: torch.dtype) -> int:
+        """Return what a copy of all tensors of the miniature takes."""
+        total = 0
+        for name, tensor in self._named.items():
+            shape = list(tensor.shape)
+            for dim in range(tensor.ndim):
+                axis = self._axes.get(f"{name}[{dim}]")
+                shape[dim] = shape[dim] if axis is None else layout_length(axis.layout, self.sizes)
+            total += math.prod(shape) * dtype.itemsize
+        return total
+
+    def _small(self, name: str) -> Tensor:
+        """Return a tensor with the units that the miniature keeps; the same object if it keeps all."""
+        tensor = self._named[name]
+        for dim in range(tensor.ndim):
+            axis = self._axes.get(f"{name}[{dim}]")
+            if axis is not None:
+                kept = {n: torch.arange(self.sizes[n]) for n in layout_units(axis.layout)}
+                if any(self.sizes[n] != self._full[n] for n in kept):
+                    tensor = tensor.index_select(dim, entry_index(axis.layout, self._full, kept).to(tensor.device))
+        return with_values(tensor)
 
     def _prepare(self, dtype: torch.dtype | None, keep: bool, strength: float) -> None:
         self._dtype, self._keep = dtype, keep
-        tensors = {n: self._cast(t).clone() for n, t in self._named.items()}
-        tensors.update({n: perturbed(n, tensors[n], strength) for n in sorted(self._in_groups)})
+        in_groups = {axis.tensor for axis in self._axes.values()}
+        tensors = {n: self._cast(self._small(n)) for n in self._named}
+        tensors.update({n: perturbed(n, tensors[n], strength) for n in sorted(in_groups)})
+        tensors = {n: t.clone() if t is self._named[n] else t for n, t in tensors.items()}
         versions = {n: t._version for n, t in tensors.items()}
-        originals = {n: t.clone() for n, t in tensors.items() if not isinstance(self._named[n], nn.Parameter)}
+        originals = {n: t.clone() for n, t in tensors.items()}
         train, self._train = self._train, {}
-        reference = self.run(tensors, {})
+        reference = self.run(tensors, self.sizes)
         self._train = train
         if train and not self._runs_in_train_mode(tensors):
             self._train = {}
         self.written = {n for n, t in tensors.items() if t._version != versions[n]}
         self.written |= {n for n, t in originals.items() if not torch.equal(t, tensors[n])}  # kernels count no versions
-        self._tensors = tensors | originals
-        if self.written - originals.keys():
-            again = {n: self._cast(t).clone() for n, t in self._named.items() if n in self.written}
-            self._tensors |= {n: perturbed(n, t, strength) if n in self._in_groups else t for n, t in again.items()}
+        self._tensors = originals
         self.reference = reference
         if not reference:
             raise UnrunnableError("it returns no floating-point tensor")
@@ -103,7 +159,7 @@ class Trials:
 
     def _runs_in_train_mode(self, tensors: Mapping[str, Tensor]) -> bool:
         try:
-            self.run(tensors, {})
+            self.run(tensors, self.sizes)
         except Exception:  # the model's own code: batch norm on a single example, for one
             return False
         return True
@@ -115,19 +171,10 @@ class Trials:
             Tensor, lambda t: t.to(self._dtype) if t.is_floating_point() and t.dtype != self._dtype else t, tree
         )
 
-    def run(
-        self, tensors: Mapping[str, Tensor], attributes: Mapping[Attribute, int], grad: bool = False
-    ) -> list[Tensor]:
-        """Return the floating-point outputs with these tensors and module sizes."""
+    def run(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int], grad: bool = False) -> list[Tensor]:
+        """Return the floating-point outputs with these tensors, and the module attributes of these sizes."""
         own = {n: tensors[n].clone() if n in self.written else tensors[n] for n in tensors}
-        with unchanged(self._model), plain_layers(), torch.set_grad_enabled(grad):
-            for module in self._model.modules():
-                module.__dict__["training"] = False
-            swap_in(self._model, own)
-            for attribute, size in attributes.items():
-                set_size(self._model, attribute, size)
-            torch.manual_seed(0)
-            args, kwargs = self._cast(self._args), self._cast(self._kwargs)
+        with torch.set_grad_enabled(grad), self._model_with(own, sizes) as (args, kwargs):
             with _InDouble() if self._keep else contextlib.nullcontext():  # type: ignore[no-untyped-call]
                 output = self._call(*args, **kwargs)
                 if self._train:  # what only that mode runs must run too
@@ -136,16 +183,34 @@ class Trials:
                     self._call(*args, **kwargs)
             return [t if grad else t.detach().clone() for t in tensors_in(output) if _is_number(t)]
 
+    @contextlib.contextmanager
+    def _model_with(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Iterator[Any]:
+        """Let the model have other tensors, and be in eval mode; yields the arguments of the call."""
+        with unchanged(self._model), plain_layers():
+            for module in self._model.modules():
+                module.__dict__["training"] = False
+            swap_in(self._model, tensors)
+            for attribute in self._attributes:
+                if any(sizes[n] != self._full[n] for n in layout_units(attribute.layout)):
+                    set_size(self._model, attribute, layout_length(attribute.layout, sizes))
+            torch.manual_seed(0)
+            yield self._cast((self._args, self._kwargs))
+
+    @contextlib.contextmanager
+    def miniature(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Let the model be its miniature for a while; yields the arguments of its call."""
+        precision = _InDouble() if self._keep else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+        with self._model_with(self._tensors, self.sizes) as arguments, precision:
+            yield arguments
+
     def resized(
         self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor], share: Mapping[str, Tensor]
     ) -> list[Tensor]:
         """Return the outputs after groups are resized by an index map, with fan-out shares."""
-        groups = list(groups)
-        return self.run(self._resized_tensors(groups, index, share), self._new_sizes(groups, index))
+        return self.run(self._resized_tensors(list(groups), index, share), self._new_sizes(index))
 
-    def _new_sizes(self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor]) -> dict[Attribute, int]:
-        sizes = self.sizes | {name: len(i) for name, i in index.items()}
-        return {a: layout_length(a.layout, sizes) for g in groups for a in g.attributes}
+    def _new_sizes(self, index: Mapping[str, Tensor]) -> dict[str, int]:
+        return self.sizes | {name: len(i) for name, i in index.items()}
 
     def _resized_tensors(
         self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor], share: Mapping[str, Tensor]
@@ -167,7 +232,7 @@ class Trials:
             tensors = self._resized_tensors([group], {group.name: index}, {group.name: share})
             for axis in axes:
                 tensors[axis.tensor] = tensors[axis.tensor].detach().requires_grad_()
-            outputs = self.run(tensors, self._new_sizes([group], {group.name: index}), grad=True)
+            outputs = self.run(tensors, self._new_sizes({group.name: index}), grad=True)
             weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(0)).to(t) for t in outputs]
             total = sum((t * w).sum() for t, w in zip(outputs, weights, strict=True))
             leaves = [tensors[axis.tensor] for axis in axes]
@@ -179,6 +244,10 @@ class Trials:
             g is not None and bool(g.index_select(a.dim, n.nonzero().flatten()).any())
             for g, a, n in zip(grads, axes, new, strict=True)
         )
+
+    def cut(self, group: AxisGroup) -> AxisGroup:
+        """Return a group with the number of units that it has in the miniature."""
+        return replace(group, size=self.sizes[group.name])
 
     def same(self, outputs: Sequence[Tensor]) -> bool:
         """Return whether outputs equal the reference, up to rounding."""
@@ -208,6 +277,32 @@ class _InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._to_copy.default and dtype is not None and dtype.is_floating_point:
             kwargs["dtype"] = torch.float64 if args[0].dtype == torch.float64 else dtype
         return func(*args, **kwargs)
+
+
+def few_units(groups: Iterable[AxisGroup]) -> dict[str, int]:
+    """Return how many units of each group a miniature keeps: few, and as many in two groups as they are equally wide.
+
+    Example:
+        >>> few_units(AxisGroup(f"width {n}", n, 1, ()) for n in (64, 2, 256, 64))
+        {'width 64': 4, 'width 2': 2, 'width 256': 5}
+    """
+    groups = list(groups)
+    few: dict[int, int] = {}
+    largest = 3
+    for size in sorted({group.size for group in groups}):
+        few[size] = min(size, largest + 1)
+        largest = max(largest, few[size])
+    return {group.name: few[group.size] for group in groups}
+
+
+def with_values(tensor: Tensor) -> Tensor:
+    """Return a tensor; if it is on the meta device, one on the CPU with random values (zeros for integers)."""
+    if tensor.device.type != "meta":
+        return tensor
+    if not _is_number(tensor):
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    generator = torch.Generator().manual_seed(0)
+    return 0.1 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
 
 
 def _is_number(tensor: Tensor) -> bool:

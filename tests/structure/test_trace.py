@@ -161,11 +161,20 @@ def test_two_traces_are_equal(name: str) -> None:
     assert found[0] == found[1]
 
 
-def test_a_model_on_the_meta_device_is_traced_without_verification(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="lightning_grow"):
-        structure = lg.trace(perceptron().to("meta"), torch.ones(4, 5, device="meta"))
+def test_a_model_on_the_meta_device_is_verified_with_values_of_its_own() -> None:
+    structure = lg.trace(perceptron().to("meta"), torch.ones(4, 5, device="meta"))
     assert labels(structure) == HIDDEN
-    assert "not verified" in caplog.text
+    assert structure["0"].obstacle is None
+
+
+def test_a_model_whose_indices_have_no_values_is_traced_without_verification(caplog: pytest.LogCaptureFixture) -> None:
+    model = perceptron()
+    model.register_buffer("order", torch.arange(3))
+    with caplog.at_level(logging.WARNING, logger="lightning_grow"):
+        structure = lg.trace(model.to("meta"), torch.ones(4, 5, device="meta"))
+    assert labels(structure) == HIDDEN
+    assert "not verified" in (structure["0"].obstacle or "")
+    assert "'order'" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_grow as lg
 from lightning_grow.structure.axes import Axis, AxisGroup, Block, Units
@@ -14,6 +15,7 @@ from lightning_grow.structure.trials import Trials, UnrunnableError
 from lightning_grow.structure.verify import choose_layouts, judge
 from tests.test_zoo import structure_of
 from tests.zoo import ZOO
+from tests.zoo_entry import Model
 
 
 def trials_of(name: str) -> tuple[Trials, list[AxisGroup], nn.Module]:
@@ -22,9 +24,8 @@ def trials_of(name: str) -> tuple[Trials, list[AxisGroup], nn.Module]:
     model = entry.build()
     args, kwargs = entry.inputs()
     groups = list(structure.groups.values())
-    trials = Trials(model, model, args, kwargs, {axis.tensor for group in groups for axis in group.axes})
-    trials.sizes = {group.name: group.size for group in groups}
-    return trials, groups, model
+    trials = Trials(model, model, args, kwargs, groups)
+    return trials, [trials.cut(group) for group in groups], model
 
 
 def with_layout(group: AxisGroup, label: str, factors: tuple[int | str, ...]) -> AxisGroup:
@@ -113,10 +114,10 @@ def test_trials_leave_the_model_and_its_buffers_alone() -> None:
 def test_a_model_that_does_not_run_cannot_be_tried() -> None:
     model = nn.Linear(3, 2)
     with pytest.raises(UnrunnableError, match="forward fails"):
-        Trials(model, model, (torch.ones(1, 4),), {}, set())
+        Trials(model, model, (torch.ones(1, 4),), {}, [])
     nn.init.constant_(model.bias, float("nan"))
     with pytest.raises(UnrunnableError, match="not finite"):
-        Trials(model, model, (torch.ones(1, 3),), {}, set())
+        Trials(model, model, (torch.ones(1, 3),), {}, [])
 
 
 def test_small_effects_are_seen() -> None:
@@ -128,6 +129,49 @@ def test_small_effects_are_seen() -> None:
     layout = (Block((2, Units("0", "0.weight", 0, 2))),)
     axes = tuple(dataclasses.replace(axis, layout=layout) for axis in structure["0"].axes if axis.role == "produced")
     wrong = AxisGroup("0", 2, 1, (*axes, Axis("2.weight", 1, "consumed", (Block((Units("0", "0.weight", 0, 2), 2)),))))
-    trials = Trials(model, model, (torch.randn(4, 5),), {}, {axis.tensor for axis in wrong.axes})
-    trials.sizes = {"0": 2}
+    trials = Trials(model, model, (torch.randn(4, 5),), {}, [wrong])
     assert choose_layouts(trials, [wrong], {})[1] == {"0": "its units are not interchangeable"}
+
+
+def test_a_model_is_tried_in_miniature() -> None:
+    """No run sees more than a few units of a wide group, and the model itself keeps its size."""
+    seen: list[int] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 512), nn.Linear(512, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(int(self.first.weight.shape[0]) if type(self.first.weight.shape[0]) is int else 0)
+            return self.second(torch.relu(self.first(x)))
+
+    model = Net()
+    structure = lg.trace(model, torch.randn(4, 5))
+    assert structure["first"].size == model.first.out_features == 512
+    assert structure["first"].obstacle is None
+    assert 0 < max(seen) < 32
+
+
+def test_a_group_that_cannot_be_cut_down_keeps_its_size() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.wide(x))
+        if hidden.shape[1] < 40:
+            raise ValueError("too narrow")
+        return self.head(torch.tanh(self.other(hidden)))
+
+    model = Model(forward, wide=nn.Linear(5, 64), other=nn.Linear(64, 48), head=nn.Linear(48, 3))
+    structure = lg.trace(model, torch.randn(4, 5))
+    assert {g.name: (g.size, g.obstacle) for g in structure.groups.values()} == {
+        "wide": (64, None),
+        "other": (48, None),
+    }
+
+
+def test_a_model_without_values_is_tried_with_others() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(5, 512), nn.LayerNorm(512), nn.Tanh(), nn.Linear(512, 6), nn.Linear(6, 3))
+    structure = lg.trace(model, torch.zeros(2, 5))
+    assert "LayerNorm" in (structure["0"].obstacle or "")
+    assert structure["3"].obstacle is None
+    assert all(p.is_meta for p in model.parameters())
