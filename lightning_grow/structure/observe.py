@@ -315,7 +315,7 @@ class Observer:
                         self.trace.roles[symbol] = role
 
     def _own_symbols(self, tensor: Tensor, expr: Expr) -> set[Expr]:
-        """Return the symbols of a size; of a view of a weight those of the weight, where the engine put in equal ones."""
+        """Return the symbols of a size: those of the weight itself, where the engine put equal ones in their place."""
         name = self.owner[tensor]
         own = {s for d in range(tensor.ndim + 1) if (s := self.trace.symbols.get((name, d))) is not None}
         if expr.free_symbols & own:

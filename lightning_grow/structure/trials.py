@@ -21,6 +21,7 @@ from lightning_grow.structure.sandbox import plain_layers, set_size, swap_in, te
 MOST_BYTES = 4 << 30
 """Most memory for a copy in float64; what is larger is tried in the precision that it has."""
 
+_EXAMPLES = 2
 _EXACT = 1e-9
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
@@ -65,7 +66,7 @@ class Trials:
         *,
         train: bool = False,
     ) -> None:
-        self._model, self._call, self._args, self._kwargs = model, call, args, kwargs
+        self._model, self._call = model, call
         self._named = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
         unknown = [n for n, t in self._named.items() if t.device.type == "meta" and not _is_number(t)]
         if unknown:
@@ -78,7 +79,12 @@ class Trials:
         flags = {id(module): train or module.training for module in model.modules()}
         self._train = flags if any(flags.values()) else {}
         few = few_units(groups)
+        whole = (args, kwargs)
+        self._args, self._kwargs = _few_examples(whole)
         error = self._begin(few)
+        if error is not None and self._args is not args:
+            self._args, self._kwargs = whole
+            error = self._begin(few)
         if error is not None:
             cut = self._can_be_cut(list(few), few)
             error = self._begin({name: few[name] for name in cut}) and self._begin({})
@@ -140,15 +146,18 @@ class Trials:
         tensors.update({n: perturbed(n, tensors[n], strength) for n in sorted(in_groups)})
         tensors = {n: t.clone() if t is self._named[n] else t for n, t in tensors.items()}
         versions = {n: t._version for n, t in tensors.items()}
-        originals = {n: t.clone() for n, t in tensors.items()}
+        parameters = dict(self._model.named_parameters())
+        buffers = {n: t.clone() for n, t in tensors.items() if n not in parameters}
         train, self._train = self._train, {}
         reference = self.run(tensors, self.sizes)
         self._train = train
         if train and not self._runs_in_train_mode(tensors):
             self._train = {}
         self.written = {n for n, t in tensors.items() if t._version != versions[n]}
-        self.written |= {n for n, t in originals.items() if not torch.equal(t, tensors[n])}  # kernels count no versions
-        self._tensors = originals
+        self.written |= {n for n, t in buffers.items() if not torch.equal(t, tensors[n])}  # kernels count no versions
+        again = {n: self._cast(self._small(n)).clone() for n in self.written - buffers.keys()}
+        again |= {n: perturbed(n, t, strength) for n, t in again.items() if n in in_groups}
+        self._tensors = tensors | buffers | again
         self.reference = reference
         if not reference:
             raise UnrunnableError("it returns no floating-point tensor")
@@ -293,6 +302,16 @@ def few_units(groups: Iterable[AxisGroup]) -> dict[str, int]:
         few[size] = min(size, largest + 1)
         largest = max(largest, few[size])
     return {group.name: few[group.size] for group in groups}
+
+
+def _few_examples(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the first examples of a batch, if all tensors agree how many there are; else the same object."""
+    tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    lengths = {len(t) if t.ndim else 0 for t in tensors}
+    if len(lengths) != 1 or min(lengths) <= _EXAMPLES:
+        return arguments
+    cut: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, lambda t: t[:_EXAMPLES], arguments)
+    return cut
 
 
 def with_values(tensor: Tensor) -> Tensor:

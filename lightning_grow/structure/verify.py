@@ -90,13 +90,9 @@ def _told_apart(groups: Sequence[AxisGroup]) -> Iterator[list[AxisGroup]]:
     of_size: dict[int, list[AxisGroup]] = {}
     for group in groups:
         of_size.setdefault(group.size, []).append(group)
-    code = {g.name: i for same in of_size.values() for i, g in enumerate(same)}
-    bits = max((len(same) - 1).bit_length() for same in of_size.values()) if groups else 0
-    if not bits:
-        yield list(groups)
-    for bit in range(bits):
-        for value in (0, 1):
-            yield [g for g in groups if code[g.name] >> bit & 1 == value]
+    code = {g.name: i for same in of_size.values() for i, g in enumerate(same, 1)}
+    for bit in range(max(code.values(), default=0).bit_length()):
+        yield [g for g in groups if code[g.name] >> bit & 1]
 
 
 def _unordered(trials: Trials, groups: Sequence[AxisGroup]) -> dict[str, str]:
