@@ -96,7 +96,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A size that a module keeps as a Python integer (or inside a tuple of integers), such as ``out_features``."""
+    """A size kept as a Python integer, such as ``out_features``.
+
+    Attributes:
+        module: The module that keeps it, or that holds the object or container that does.
+        name: The attribute, or the path to it: ``config.hidden_size``, ``sizes['hidden']``, ``config.stages``.
+        index: Position, if it is an entry of a tuple or list.
+        layout: What the size is a sum of.
+    """
 
     module: str
     name: str

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_grow.structure.axes import Attribute, AxisGroup, layout_length
 from lightning_grow.structure.layout import entry_index, entry_share
-from lightning_grow.structure.sandbox import plain_layers, set_size, swap_in, tensors_in, unchanged
+from lightning_grow.structure.sandbox import cast_states, plain_layers, set_size, swap_in, tensors_in, unchanged
+from lightning_grow.structure.states import is_state
 
 _EXACT = 1e-9
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -116,7 +117,7 @@ class Trials:
         )
 
     def run(
-        self, tensors: Mapping[str, Tensor], attributes: Mapping[Attribute, int], grad: bool = False
+        self, tensors: Mapping[str, Tensor], attributes: Mapping[Attribute, int | Tensor], grad: bool = False
     ) -> list[Tensor]:
         """Return the floating-point outputs with these tensors and module sizes."""
         own = {n: tensors[n].clone() if n in self.written else tensors[n] for n in tensors}
@@ -124,6 +125,8 @@ class Trials:
             for module in self._model.modules():
                 module.__dict__["training"] = False
             swap_in(self._model, own)
+            if self._dtype is not None:
+                cast_states(self._model, self._dtype)
             for attribute, size in attributes.items():
                 set_size(self._model, attribute, size)
             torch.manual_seed(0)
@@ -143,9 +146,13 @@ class Trials:
         groups = list(groups)
         return self.run(self._resized_tensors(groups, index, share), self._new_sizes(groups, index))
 
-    def _new_sizes(self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor]) -> dict[Attribute, int]:
+    def _new_sizes(self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor]) -> dict[Attribute, int | Tensor]:
         sizes = self.sizes | {name: len(i) for name, i in index.items()}
-        return {a: layout_length(a.layout, sizes) for g in groups for a in g.attributes}
+        return {
+            a: entry_index(a.layout, self.sizes, index) if is_state(a.name) else layout_length(a.layout, sizes)
+            for g in groups
+            for a in g.attributes
+        }
 
     def _resized_tensors(
         self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor], share: Mapping[str, Tensor]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_grow.structure.axes import Stack
 from lightning_grow.structure.errors import StructureError
+from lightning_grow.structure.holders import Step
 from lightning_grow.structure.stacks import counted, inserted, make_identity_, submodule
 from lightning_grow.surgery.membership import Membership
 from lightning_grow.surgery.swap import Commit
@@ -196,4 +197,4 @@ def _renumber(commit: Commit, before: Sequence[nn.Module], after: Sequence[nn.Mo
         for position, block in enumerate(after, first):
             module = submodule(block, path)
             if module is not None and vars(module).get(name) != position:
-                commit.attribute(module, name, position)
+                commit.attribute(module, Step(name, False), position)
