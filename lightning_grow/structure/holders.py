@@ -36,6 +36,9 @@ _MOST = 200
 Place = tuple[str, str, int | None]
 """Module, path inside it, and position if the last container is a list or tuple."""
 
+_Entry = tuple[Place, Any, tuple[int, str] | None]
+"""A place, what is there, and the attribute of which watched object leads to it."""
+
 
 class Step(NamedTuple):
     """One step of a path: an attribute, or an item of a container."""
@@ -197,7 +200,7 @@ class Holders:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
         self._places: dict[int, tuple[str, str, Any]] = {}
-        self._entries: dict[str, list[tuple[Place, int, tuple[int, str] | None]]] = {}
+        self._entries: dict[str, list[_Entry]] = {}
         self.watched: dict[int, Any] = {}
         self.reads: dict[int, set[str]] = {}
         for path in modules:
@@ -205,15 +208,24 @@ class Holders:
 
     def own(self, path: str) -> list[tuple[Place, int]]:
         """Return the integers above 1 that a module keeps as attributes, also inside tuples and lists."""
-        return [(place, value) for place, value, _ in self._entries[path] if place[0] == path and _is_own(place[1])]
+        return [(place, value) for place, value in self.integers(path) if place[0] == path and _is_own(place[1])]
 
     def integers(self, path: str) -> list[tuple[Place, int]]:
         """Return `own` and the integers in objects that the module holds, but for those that nothing has read."""
-        return [
-            (place, value)
-            for place, value, owner in self._entries[path]
-            if owner is None or owner[0] not in self.reads or owner[1] in self.reads[owner[0]]
-        ]
+        return [(place, value) for place, value in self.numbers(path) if value > 1]
+
+    def numbers(self, path: str) -> list[tuple[Place, int]]:
+        """Return the same and all smaller numbers."""
+        found = self._entries[path]
+        return [(place, value) for place, value, owner in found if type(value) is int and self._may_be_read(owner)]
+
+    def sequences(self, path: str) -> list[tuple[Place, Sequence[Any]]]:
+        """Return the lists and tuples that a module or an object that it holds keeps, if something has read them."""
+        found = self._entries[path]
+        return [(place, value) for place, value, owner in found if type(value) is not int and self._may_be_read(owner)]
+
+    def _may_be_read(self, owner: tuple[int, str] | None) -> bool:
+        return owner is None or owner[0] not in self.reads or owner[1] in self.reads[owner[0]]
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
@@ -247,13 +259,14 @@ class Holders:
             noted = reads.get(id(value))
             if noted is not None and name not in noted:
                 kept = object.__getattribute__(value, "__dict__")
-                # What is read under another name is kept under one that has the same value.
-                noted.update([name] if name in kept else [n for n, v in kept.items() if v is found])
+                # What is read under another name is kept under one that has the same value; a copy reads everything.
+                all_of_it = name in ("__dict__", "__reduce_ex__")
+                noted.update([name] if name in kept else [n for n, v in kept.items() if all_of_it or v is found])
             return found
 
         return __getattribute__
 
-    def _of_module(self, path: str) -> Iterator[tuple[Place, int, tuple[int, str] | None]]:
+    def _of_module(self, path: str) -> Iterator[_Entry]:
         visited: set[int] = set()
         for name, value in self._modules[path].__dict__.items():
             if name not in OF_MODULES:
@@ -261,16 +274,16 @@ class Holders:
 
     def _below(
         self, path: str, name: str, value: Any, owner: tuple[int, str] | None, visited: set[int], depth: int
-    ) -> Iterator[tuple[Place, int, tuple[int, str] | None]]:
+    ) -> Iterator[_Entry]:
         if type(value) is int:
-            if value > 1:
-                yield (path, name, None), value, owner
+            yield (path, name, None), value, owner
             return
         if type(value) in _QUICK or not depth:
             return
         if isinstance(value, (tuple, list)):
-            if isinstance(value, torch.Size) or len(value) > _LONGEST:
+            if isinstance(value, torch.Size) or len(value) > _LONGEST or any(isinstance(v, nn.Module) for v in value):
                 return
+            yield (path, name, None), value, owner
         else:
             if id(value) in visited or not (isinstance(value, dict) or is_settings(value)):
                 return
@@ -284,8 +297,7 @@ class Holders:
         for step, inner in contents(value):
             below = (id(value), step.key) if is_object else owner
             if type(inner) is int and step.is_item and isinstance(value, (list, tuple)):
-                if inner > 1:
-                    yield (path, name, step.key), inner, below
+                yield (path, name, step.key), inner, below
             else:
                 yield from self._below(path, f"{name}{step}", inner, below, visited, depth - 1)
 

@@ -122,6 +122,14 @@ def test_what_nobody_reads_is_not_a_size() -> None:
     assert "config.hidden" not in names
 
 
+def test_a_copy_reads_everything() -> None:
+    module = holder(config=Config(hidden=8))
+    found = Holders({"": module})
+    with found.noting():
+        copy.deepcopy(module.config)
+    assert "config.hidden" in {name for (_, name, _), _ in found.integers("")}
+
+
 def test_steps_of_a_path_are_its_text() -> None:
     for text in ("a", "a.b", "a[3]", "a['b.c'].d", 'a["it\'s"]'):
         assert "".join(map(str, steps(text))).removeprefix(".") == text
