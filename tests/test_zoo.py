@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lightning_grow as lg
 from lightning_grow.structure.axes import AxisGroup, Structure, layout_length, tensor_of
+from lightning_grow.structure.holders import read
 from lightning_grow.structure.layout import entry_index
 from tests.zoo import ZOO, Entry
 
@@ -164,8 +165,7 @@ def test_sizes_kept_as_python_integers_are_known(entry: Entry) -> None:
     sizes = structure.sizes_in(model)
     for group in structure.groups.values():
         for attribute in group.attributes:
-            value = getattr(model.get_submodule(attribute.module), attribute.name)
-            value = value if attribute.index is None else value[attribute.index]
+            value = read(model.get_submodule(attribute.module), attribute.name, attribute.index)
             assert value == layout_length(attribute.layout, sizes), attribute
 
 

@@ -96,7 +96,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A size that a module keeps as a Python integer (or inside a tuple of integers), such as ``out_features``."""
+    """A size kept as a Python integer, such as ``out_features``.
+
+    Attributes:
+        module: The module that keeps it, or that holds the object or container that does.
+        name: The attribute, or the path to it: ``config.hidden_size``, ``sizes['hidden']``, ``config.stages``.
+        index: Position, if it is an entry of a tuple or list.
+        layout: What the size is a sum of.
+    """
 
     module: str
     name: str
@@ -144,6 +151,8 @@ class Stack:
         identity: Parameters, relative to a block, that start as the identity matrix or kernel.
         first: Lowest position at which a new block is the identity: 0, or 1 where that holds only behind a block.
         obstacle: None when a new block can start as the identity, otherwise why it cannot.
+        counts: Numbers that count the blocks, as module and path: ``("", "config.num_layers")``.
+        per_block: Lists with an entry for each block, likewise.
     """
 
     name: str
@@ -152,6 +161,8 @@ class Stack:
     identity: tuple[str, ...] = ()
     first: int = 0
     obstacle: str | None = None
+    counts: tuple[tuple[str, str], ...] = ()
+    per_block: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -207,8 +218,8 @@ class Structure:
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers, as a checkpoint wants them."""
         return {
-            "groups": {name: _plain(group) for name, group in self.groups.items()},
-            "stacks": {name: _plain(stack) for name, stack in self.stacks.items()},
+            "groups": {name: plain(group) for name, group in self.groups.items()},
+            "stacks": {name: plain(stack) for name, stack in self.stacks.items()},
             "pinned": dict(self.pinned),
         }
 
@@ -247,10 +258,11 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return plain dicts, lists, strings and numbers."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 def _layout_from(data: Sequence[Mapping[str, Any]]) -> Layout:
@@ -265,8 +277,11 @@ def _group_from(data: Mapping[str, Any]) -> AxisGroup:
 
 def stack_from_dict(data: Mapping[str, Any]) -> Stack:
     """Return the stack that `Structure.to_dict` described."""
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    return Stack(**fields)
+    return Stack(**{key: _tuples(value) for key, value in data.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (tuple, list)) else value
 
 
 def tensor_of(model: nn.Module, name: str) -> Any:

@@ -13,6 +13,7 @@ from lightning_grow.structure.modules import bookkeeping
 from lightning_grow.structure.observe import Bound, Trace
 from lightning_grow.structure.resolve import Resolver
 from lightning_grow.structure.solve import Solution
+from lightning_grow.structure.states import is_state
 
 Expr = Any  # a sympy expression; sympy ships no types
 
@@ -196,7 +197,9 @@ class Proposal:
                 self.pinned |= {f"{t}[{d}]": "belongs to no parameter" for t, d in mine}
                 continue
             attributes = tuple(
-                Attribute(*bound, self._amount(expr)) for bound, expr in self.attributes if symbol in expr.free_symbols
+                Attribute(*bound, layout)
+                for bound, expr in self.attributes
+                if symbol in expr.free_symbols and (layout := self._attribute_layout(bound, expr))
             )
             size = self.subject.named[units.tensor].shape[units.dim]
             candidates = [
@@ -216,6 +219,13 @@ class Proposal:
 
     def _role(self, tensor: str, dim: int) -> Any:
         return self.seen.roles.get(self.seen.symbols[tensor, dim], "carried")
+
+    def _attribute_layout(self, bound: Bound, expr: Expr) -> Layout:
+        """Return the layout of a size; empty for that of a tensor whose order of entries is not visible."""
+        if not is_state(bound[1]):
+            return self._amount(expr)
+        known = expr.free_symbols <= set(self.units)
+        return next(iter(self.resolver.layouts(self.seen.attributes[bound]) if known else ()), ())
 
     def _amount(self, expr: Expr) -> Layout:
         """Return a layout of the right length; the order of an amount means nothing."""

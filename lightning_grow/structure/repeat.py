@@ -7,7 +7,7 @@ written down once more with the new block's symbols, and outputs of the right si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, Protocol
@@ -15,8 +15,10 @@ from typing import Any, Protocol
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from lightning_grow.structure.holders import contents, held
 from lightning_grow.structure.modules import is_position
 from lightning_grow.structure.observe import INPUT, Expr, Mark, Observer
 
@@ -60,6 +62,7 @@ class _Call:
     raw: list[Expr] = field(default_factory=list)
     tensors: list[str] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
+    inside: Mapping[int, Sequence[torch.SymInt]] = field(default_factory=dict)
 
     def size(self, size: Any, own: bool = False) -> None:
         raw = self.observer.expr(size)
@@ -91,6 +94,8 @@ class _Call:
             self.value(list(value.__defaults__ or ()))
         else:
             self.key.append(id(value))
+            for size in self.inside.get(id(value), ()):
+                self.size(size)
 
 
 def _name(symbol: Expr) -> str:
@@ -108,14 +113,21 @@ class Repeats:
     def __init__(self, observer: Observer, engine: Engine) -> None:
         self._observer, self._engine = observer, engine
         self._seen: dict[Hashable, _Seen] = {}
+        self._inside: dict[int, list[torch.SymInt]] = {}
 
     def install(self, model: nn.Module) -> None:
         """Replace the forward of the modules inside a model. Use inside `unchanged`."""
+        for value in held(model.modules()):
+            sizes = [size for _, size in contents(value) if isinstance(size, torch.SymInt)]
+            if sizes:
+                self._inside[id(value)] = sizes
         for path, module in model.named_modules():
             if path and any(True for _ in module.parameters()):
                 module.__dict__["forward"] = self._wrapped(path, module, module.forward)
 
     def _wrapped(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        inside = list(module.modules())
+
         def call(*args: Any, **kwargs: Any) -> Any:
             mine = self._describe(module, args, kwargs)
             key = tuple(mine.key)
@@ -126,7 +138,7 @@ class Repeats:
             out = forward(*args, **kwargs)
             leaves, spec = pytree.tree_flatten(out)
             outputs = [self._output(leaf, mine) for leaf in leaves]
-            if None not in outputs:
+            if None not in outputs and not _keeps_tensors(inside):
                 symbols = list(mine.symbols)
                 read = self._engine.position - position
                 found = [o for o in outputs if o is not None]
@@ -137,7 +149,7 @@ class Repeats:
         return call
 
     def _describe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        call = _Call(self._observer)
+        call = _Call(self._observer, inside=self._inside)
         for part, inner in module.named_modules():
             call.key.append((part, type(inner)))
             for name, value in vars(inner).items():
@@ -210,3 +222,9 @@ class Repeats:
             else:
                 made.append(value)
         return pytree.tree_unflatten(made, first.spec)
+
+
+def _keeps_tensors(modules: Sequence[nn.Module]) -> bool:
+    """Return whether modules have kept tensors that they computed: a state, which each block has of its own."""
+    values = (value for module in modules for value in module.__dict__.values())
+    return any(type(v) is FakeTensor for value in values for v in (value if type(value) in (tuple, list) else (value,)))

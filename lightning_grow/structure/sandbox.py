@@ -13,28 +13,23 @@ from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
 from lightning_grow.structure.axes import Attribute
+from lightning_grow.structure.holders import held, saved, write
+from lightning_grow.structure.states import cut_state, is_state, put_state, resized_state, state_at, states
 
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back whatever attributes the modules set, and random generators, however the body ends."""
-    saved = [(module, dict(module.__dict__)) for module in model.modules()]
-    inner = [
-        (value, value.copy() if value else None)  # most are empty
-        for _, attributes in saved
-        for value in attributes.values()
-        if isinstance(value, (dict, list, set))
-    ]
+    """Put back what modules keep, also in the objects that they hold, and random generators, however the body ends."""
+    modules = [(module, dict(module.__dict__)) for module in model.modules()]
+    inner = [saved(value) for value in held(model.modules())]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
-            for value, copy in inner:
-                value.clear()
-                if copy is not None:
-                    value.extend(copy) if isinstance(value, list) else value.update(copy)
-            for module, attributes in saved:
+            for restore in inner:
+                restore()
+            for module, attributes in modules:
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
 
@@ -52,12 +47,25 @@ def swap_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def set_size(model: nn.Module, attribute: Attribute, size: Any) -> None:
-    """Write a size that a module keeps as a Python integer, or as one entry of a tuple or list."""
+    """Write a size that a module keeps as a Python integer: itself, or in an object or container that it holds.
+
+    A tensor whose shape it is (see `states`) gets these entries, or is cut off or filled up at its end.
+    """
     module = model.get_submodule(attribute.module)
-    if attribute.index is not None:
-        value = getattr(module, attribute.name)
-        size = type(value)([*value[: attribute.index], size, *value[attribute.index + 1 :]])
-    object.__setattr__(module, attribute.name, size)
+    if not is_state(attribute.name):
+        write(module, attribute.name, attribute.index, size)
+        return
+    tensor = state_at(module, attribute.name)
+    if tensor is not None and attribute.index is not None:
+        new = (resized_state if isinstance(size, Tensor) else cut_state)(tensor, attribute.index, size)
+        put_state(module, attribute.name, new)
+
+
+def cast_states(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the tensors that modules keep beside parameters and buffers another precision. Use inside `unchanged`."""
+    modules = dict(model.named_modules())
+    for (path, name), tensor in states(modules).items():
+        put_state(modules[path], name, tensor.to(dtype))
 
 
 def tensors_in(output: Any) -> list[Tensor]:

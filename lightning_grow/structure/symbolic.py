@@ -34,6 +34,7 @@ from lightning_grow.structure.probe import probe
 from lightning_grow.structure.repeat import Repeats
 from lightning_grow.structure.replay import READS_VALUES, Made, plain_kernels
 from lightning_grow.structure.sandbox import set_size, swap_in, tensors_in, unchanged
+from lightning_grow.structure.states import is_state, put_state, state_at, states
 from lightning_grow.structure.twins import PlainTwins
 
 _FIRST_SYMBOL = 10**9  # far from the numbers that the engine itself gives
@@ -314,6 +315,7 @@ def run(
             reads = any(word in type(error).__name__ for word in ("DataDependent", "DynamicOutputShape"))
             raise UntraceableError(observer.modules[-1][0] if observer.modules else "", error, reads) from error
         trace.outputs |= {d for t in tensors_in(outputs) for d in observer.dims(t)}
+        _note_states(model, trace, observer)
     observer.finish()
     return trace
 
@@ -384,6 +386,7 @@ def _bind(
     model: nn.Module, mode: _Mode, fakes: Mapping[str, Tensor], bound: Mapping[Bound, Source], trace: Trace
 ) -> None:
     """Give sizes that modules keep as Python integers the symbols of the axes that they stand for."""
+    shapes: dict[tuple[str, str], dict[int, Any]] = {}
     for (path, name, index), source in bound.items():
         if isinstance(source, int):
             label = f"{path}.{name}" if index is None else f"{path}.{name}[{index}]"
@@ -393,4 +396,22 @@ def _bind(
             tensor, dim, divisor = source
             size = fakes[tensor].shape[dim] // divisor if divisor > 1 else fakes[tensor].shape[dim]
         trace.attributes[path, name, index] = _expr(size)
-        set_size(model, Attribute(path, name, index, ()), size)
+        if is_state(name) and index is not None:
+            shapes.setdefault((path, name), {})[index] = size
+        else:
+            set_size(model, Attribute(path, name, index, ()), size)
+    for (path, name), sizes in shapes.items():
+        module = model.get_submodule(path)
+        state = state_at(module, name)
+        if state is not None:
+            with mode:
+                shape = [sizes.get(dim, size) for dim, size in enumerate(state.shape)]
+                put_state(module, name, torch.empty(shape, dtype=state.dtype, device=state.device))
+
+
+def _note_states(model: nn.Module, trace: Trace, observer: Observer) -> None:
+    """Note the shapes of tensors that modules have kept while they ran."""
+    for (path, name), state in states(dict(model.named_modules())).items():
+        for dim, expr in enumerate(observer.dims(state)):
+            if expr.free_symbols:
+                trace.attributes.setdefault((path, name, dim), expr)

@@ -18,11 +18,13 @@ from torch.utils import _pytree as pytree
 
 from lightning_grow.structure.axes import AxisGroup, Block, Layout, Stack, Structure, Units
 from lightning_grow.structure.errors import StructureError
+from lightning_grow.structure.holders import Holders
 from lightning_grow.structure.modules import bookkeeping
 from lightning_grow.structure.observe import Bound, Trace
 from lightning_grow.structure.proposal import Proposal, Subject
 from lightning_grow.structure.replay import record, record_outputs
 from lightning_grow.structure.stacks import find_stacks
+from lightning_grow.structure.states import is_state, states
 from lightning_grow.structure.symbolic import Source, UntraceableError, run
 from lightning_grow.structure.trials import Trials, UnrunnableError, with_values
 from lightning_grow.structure.verify import choose_layouts, judge
@@ -95,6 +97,11 @@ class _Tracer:
         self.args, self.kwargs = pytree.tree_map_only(Tensor, with_values, (args, kwargs))
         self.subject = Subject(model)
         self.modules = self.subject.modules
+        self.holders = Holders(self.modules)
+        self.states: dict[str, list[tuple[Bound, int]]] = {}
+        for (path, name), tensor in states(self.modules).items():
+            sizes = [((path, name, dim), size) for dim, size in enumerate(tensor.shape) if size > 1]
+            self.states.setdefault(path, []).extend(sizes)
         self.narrow: dict[tuple[str, int], int] = {}
         self.replay: list[Any] | None = None
         self.trials: Trials | None = None
@@ -214,7 +221,8 @@ class _Tracer:
         tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
 
         def call() -> Any:
-            return [self._call_in(mode) for mode in self.modes]
+            with self.holders.noting():
+                return [self._call_in(mode) for mode in self.modes]
 
         def attempt() -> Trace:
             closed = (self.replay, self.opaque)
@@ -263,9 +271,7 @@ class _Tracer:
             if bookkeeping(module):
                 continue
             widths = {s for t in module.parameters(recurse=False) for s in t.shape}
-            for name, index, value in _integers(module):
-                if value in widths:
-                    bound[path, name, index] = value
+            bound |= {place: value for place, value in self.holders.own(path) if value in widths}
         return bound
 
     def _sizes_that_pin(self, proposal: Proposal, bound: Mapping[Bound, Source]) -> list[dict[Bound, Source]]:
@@ -280,11 +286,10 @@ class _Tracer:
             path = where
             while True:
                 module = self.modules[path]
-                for name, index, value in _integers(module):
-                    key = (path, name, index)
-                    if key in bound or size % value:
+                for key, value in [*self.holders.integers(path), *self.states.get(path, ())]:
+                    if key in bound or size % value or (is_state(key[1]) and size != value):
                         continue
-                    kind = (type(module).__qualname__, name, index)
+                    kind = (type(module).__qualname__, *key[1:])
                     if value == size:
                         equal.setdefault(kind, {})[key] = value
                     elif path == where:
@@ -370,17 +375,6 @@ def _fixed(layout: Layout, sizes: Mapping[str, int]) -> Layout:
         factors = tuple(sizes.get(f.group, f) if isinstance(f, Units) else f for f in block.factors)
         blocks.append(Block(factors))
     return tuple(blocks)
-
-
-def _integers(module: nn.Module) -> list[tuple[str, int | None, int]]:
-    """Return the integers above 1 that a module keeps as attributes, also inside tuples and lists."""
-    found: list[tuple[str, int | None, int]] = []
-    for name, value in vars(module).items():
-        if type(value) is int and value > 1:
-            found.append((name, None, value))
-        elif isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-            found += [(name, i, v) for i, v in enumerate(value) if type(v) is int and v > 1]
-    return found
 
 
 def _in_order(pinned: Mapping[str, str], named: Mapping[str, Tensor]) -> dict[str, str]:

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_grow.structure.axes import AxisGroup, layout_length, layout_units
 from lightning_grow.structure.layout import entry_index, entry_share
-from lightning_grow.structure.sandbox import plain_layers, set_size, swap_in, tensors_in, unchanged
+from lightning_grow.structure.sandbox import cast_states, plain_layers, set_size, swap_in, tensors_in, unchanged
+from lightning_grow.structure.states import is_state
 
 MOST_BYTES = 4 << 30
 """Most memory for a copy in float64; what is larger is tried in the precision that it has."""
@@ -149,7 +150,7 @@ class Trials:
         parameters = dict(self._model.named_parameters())
         buffers = {n: t.clone() for n, t in tensors.items() if n not in parameters}
         train, self._train = self._train, {}
-        reference = self.run(tensors, self.sizes)
+        reference = self.run(tensors, {})
         self._train = train
         if train and not self._runs_in_train_mode(tensors):
             self._train = {}
@@ -168,7 +169,7 @@ class Trials:
 
     def _runs_in_train_mode(self, tensors: Mapping[str, Tensor]) -> bool:
         try:
-            self.run(tensors, self.sizes)
+            self.run(tensors, {})
         except Exception:  # the model's own code: batch norm on a single example, for one
             return False
         return True
@@ -180,10 +181,10 @@ class Trials:
             Tensor, lambda t: t.to(self._dtype) if t.is_floating_point() and t.dtype != self._dtype else t, tree
         )
 
-    def run(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int], grad: bool = False) -> list[Tensor]:
-        """Return the floating-point outputs with these tensors, and the module attributes of these sizes."""
+    def run(self, tensors: Mapping[str, Tensor], index: Mapping[str, Tensor], grad: bool = False) -> list[Tensor]:
+        """Return the floating-point outputs with these tensors; sizes kept in Python follow the index map."""
         own = {n: tensors[n].clone() if n in self.written else tensors[n] for n in tensors}
-        with torch.set_grad_enabled(grad), self._model_with(own, sizes) as (args, kwargs):
+        with torch.set_grad_enabled(grad), self._model_with(own, index) as (args, kwargs):
             with _InDouble() if self._keep else contextlib.nullcontext():  # type: ignore[no-untyped-call]
                 output = self._call(*args, **kwargs)
                 if self._train:  # what only that mode runs must run too
@@ -193,14 +194,20 @@ class Trials:
             return [t if grad else t.detach().clone() for t in tensors_in(output) if _is_number(t)]
 
     @contextlib.contextmanager
-    def _model_with(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Iterator[Any]:
+    def _model_with(self, tensors: Mapping[str, Tensor], index: Mapping[str, Tensor]) -> Iterator[Any]:
         """Let the model have other tensors, and be in eval mode; yields the arguments of the call."""
+        units = {n: torch.arange(size) for n, size in self.sizes.items()} | dict(index)  # the first ones of the model's
+        sizes = {n: len(i) for n, i in units.items()}
         with unchanged(self._model), plain_layers():
             for module in self._model.modules():
                 module.__dict__["training"] = False
             swap_in(self._model, tensors)
+            if self._dtype is not None:
+                cast_states(self._model, self._dtype)
             for attribute in self._attributes:
-                if any(sizes[n] != self._full[n] for n in layout_units(attribute.layout)):
+                if is_state(attribute.name):
+                    set_size(self._model, attribute, entry_index(attribute.layout, self._full, units))
+                elif any(sizes[n] != self._full[n] for n in layout_units(attribute.layout)):
                     set_size(self._model, attribute, layout_length(attribute.layout, sizes))
             torch.manual_seed(0)
             yield self._cast((self._args, self._kwargs))
@@ -209,17 +216,14 @@ class Trials:
     def miniature(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Let the model be its miniature for a while; yields the arguments of its call."""
         precision = _InDouble() if self._keep else contextlib.nullcontext()  # type: ignore[no-untyped-call]
-        with self._model_with(self._tensors, self.sizes) as arguments, precision:
+        with self._model_with(self._tensors, {}) as arguments, precision:
             yield arguments
 
     def resized(
         self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor], share: Mapping[str, Tensor]
     ) -> list[Tensor]:
         """Return the outputs after groups are resized by an index map, with fan-out shares."""
-        return self.run(self._resized_tensors(list(groups), index, share), self._new_sizes(index))
-
-    def _new_sizes(self, index: Mapping[str, Tensor]) -> dict[str, int]:
-        return self.sizes | {name: len(i) for name, i in index.items()}
+        return self.run(self._resized_tensors(list(groups), index, share), index)
 
     def _resized_tensors(
         self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor], share: Mapping[str, Tensor]
@@ -241,7 +245,7 @@ class Trials:
             tensors = self._resized_tensors([group], {group.name: index}, {group.name: share})
             for axis in axes:
                 tensors[axis.tensor] = tensors[axis.tensor].detach().requires_grad_()
-            outputs = self.run(tensors, self._new_sizes({group.name: index}), grad=True)
+            outputs = self.run(tensors, {group.name: index}, grad=True)
             weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(0)).to(t) for t in outputs]
             total = sum((t * w).sum() for t, w in zip(outputs, weights, strict=True))
             leaves = [tensors[axis.tensor] for axis in axes]

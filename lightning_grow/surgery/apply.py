@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_grow.structure.axes import Axis, Layout, Units, layout_length, layout_units, tensor_of
+from lightning_grow.structure.axes import Attribute, Axis, Layout, Units, layout_length, layout_units, tensor_of
 from lightning_grow.structure.errors import StructureError
-from lightning_grow.surgery.attributes import Change, described
+from lightning_grow.structure.layout import entry_index
+from lightning_grow.surgery.attributes import Change, described, kept_states
 from lightning_grow.surgery.edit import Edit
 from lightning_grow.surgery.fill import edited
 from lightning_grow.surgery.optimizer_state import OptimizerMemory, plan_attributes
@@ -125,7 +126,14 @@ def plan_model(model: nn.Module, edits: Iterable[Edit]) -> ModelPlan:
         tensors[id(tensor)] = replace(planned, maps=tuple(sorted((*planned.maps, m), key=lambda m: m.dim)))
     attributes = [attribute for edit in by_group.values() for attribute in edit.group.attributes]
     new_sizes = {**sizes, **{name: edit.new_size for name, edit in by_group.items()}}
-    return ModelPlan(tuple(tensors.values()), tuple(described(model, attributes, sizes, new_sizes)))
+    index = {name: torch.tensor(edit.index) for name, edit in by_group.items()}
+
+    def entries(attribute: Attribute, length: int) -> Tensor | None:
+        fits = length == layout_length(attribute.layout, sizes)
+        return entry_index(attribute.layout, sizes, index) if fits else None
+
+    changes = [*described(model, attributes, sizes, new_sizes), *kept_states(model, attributes, entries)]
+    return ModelPlan(tuple(tensors.values()), tuple(changes))
 
 
 def _is_mask(model: nn.Module, name: str) -> bool:

@@ -1,8 +1,8 @@
-"""Sizes that modules keep as Python integers: ``out_features``, ``normalized_shape``, ``hidden_size``."""
+"""Sizes kept as Python integers, by modules and in the objects that they hold: ``out_features``, ``config.width``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from lightning_grow.structure.axes import Attribute, layout_length
 from lightning_grow.structure.errors import StructureError
+from lightning_grow.structure.holders import Step, get, located, read, replaced
 from lightning_grow.structure.modules import Kept, bookkeeping
+from lightning_grow.structure.states import is_state, resized_state, state_at
 
 
 class Change(NamedTuple):
-    """An attribute of a module and its new value."""
+    """An attribute of a module or of an object that it holds, or an item of a container, and its new value."""
 
-    module: nn.Module
-    name: str
+    owner: Any
+    step: Step
     value: Any
 
 
@@ -35,19 +37,50 @@ def described(
     Raises:
         StructureError: If the model does not have such an attribute, or it has another value.
     """
-    found: dict[tuple[str, str], dict[int | None, Attribute]] = {}
+    found: dict[tuple[str, str, int | None], Attribute] = {}
     for attribute in attributes:
-        found.setdefault((attribute.module, attribute.name), {})[attribute.index] = attribute
-    for (owner, name), entries in found.items():
+        if not is_state(attribute.name):
+            found.setdefault((attribute.module, attribute.name, attribute.index), attribute)
+    changes: dict[tuple[int, Step], Change] = {}
+    for (path, name, index), attribute in found.items():
+        label = f"{path}.{name}" if index is None else f"{path}.{name}[{index}]"
         try:
-            module = model.get_submodule(owner)
-            value = before = getattr(module, name)
-        except AttributeError as error:
-            raise StructureError(f"The model has no attribute '{owner}.{name}' ({error}). Trace it again.") from error
-        for attribute in entries.values():
-            value = _resized(value, attribute, sizes, new_sizes)
-        if value != before:
-            yield Change(module, name, value)
+            module = model.get_submodule(path)
+            before = read(module, name, index)
+        except (AttributeError, LookupError) as error:
+            raise StructureError(f"The model has no attribute '{label}' ({error}). Trace it again.") from error
+        expected = layout_length(attribute.layout, sizes)
+        if before != expected:
+            raise StructureError(f"Attribute '{label}' should be {expected}, but is {before}. Trace the model again.")
+        size = layout_length(attribute.layout, new_sizes)
+        if size != before:
+            owner, step, inside = located(module, name, index)
+            value = changes[id(owner), step].value if (id(owner), step) in changes else get(owner, step)
+            changes[id(owner), step] = Change(owner, step, replaced(value, inside, size))
+    yield from changes.values()
+
+
+def kept_states(
+    model: nn.Module, attributes: Iterable[Attribute], entries: Callable[[Attribute, int], Tensor | None]
+) -> Iterator[Change]:
+    """Yield the changes of tensors that modules keep beside parameters and buffers; those that are not there are none.
+
+    Args:
+        model: The model.
+        attributes: Attributes of a structure; the same one may come twice.
+        entries: Returns which entries an axis of so many has afterwards, -1 for new ones; None if it stays as it is.
+    """
+    done: dict[tuple[str, str], tuple[nn.Module, Tensor]] = {}
+    for attribute in dict.fromkeys(a for a in attributes if is_state(a.name)):
+        key, dim = (attribute.module, attribute.name), attribute.index
+        module = model.get_submodule(attribute.module)
+        tensor = done[key][1] if key in done else state_at(module, attribute.name)
+        index = None if tensor is None or dim is None or dim >= tensor.ndim else entries(attribute, tensor.shape[dim])
+        if tensor is not None and dim is not None and index is not None:
+            done[key] = module, resized_state(tensor, dim, index)
+    for (_, name), (module, tensor) in done.items():
+        owner, step, inside = located(module, name.removesuffix(".shape"))
+        yield Change(owner, step, replaced(get(owner, step), inside, tensor))
 
 
 def kept_sizes(model: nn.Module) -> list[tuple[nn.Module, Kept]]:
@@ -69,7 +102,7 @@ def following(kept: Iterable[tuple[nn.Module, Kept]]) -> Iterator[Change]:
         entry = _kept_size(module, size)
         value = before if entry is None else _put(before, size.index, entry)
         if value != before:
-            yield Change(module, size.name, value)
+            yield Change(module, Step(size.name, False), value)
 
 
 def guessed(model: nn.Module, resized: Mapping[int, torch.Size]) -> Iterator[Change]:
@@ -96,19 +129,7 @@ def guessed(model: nn.Module, resized: Mapping[int, torch.Size]) -> Iterator[Cha
             else:
                 continue
             if value != before:
-                yield Change(module, name, value)
-
-
-def _resized(value: Any, attribute: Attribute, sizes: Mapping[str, int], new_sizes: Mapping[str, int]) -> Any:
-    expected = layout_length(attribute.layout, sizes)
-    found = value if attribute.index is None else value[attribute.index]
-    if found != expected:
-        place = "" if attribute.index is None else f"[{attribute.index}]"
-        raise StructureError(
-            f"Attribute '{attribute.module}.{attribute.name}{place}' should be {expected}, but is {found}. Trace the "
-            "model again."
-        )
-    return _put(value, attribute.index, layout_length(attribute.layout, new_sizes))
+                yield Change(module, Step(name, False), value)
 
 
 def _put(value: Any, index: int | None, entry: int) -> Any:

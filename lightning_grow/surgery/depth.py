@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grow.structure.axes import Stack
+from lightning_grow.structure.counts import changes_of_depth, renumbered
 from lightning_grow.structure.errors import StructureError
-from lightning_grow.structure.stacks import counted, inserted, make_identity_, submodule
+from lightning_grow.structure.identity import make_identity_
+from lightning_grow.structure.stacks import inserted, without
 from lightning_grow.surgery.membership import Membership
 from lightning_grow.surgery.swap import Commit
 
@@ -73,8 +75,11 @@ def insert_(model: nn.Module, stack: Stack, at: int, optimizers: Iterable[Any] =
         with Commit(model, [*neighbour.parameters(), *neighbour.buffers()]) as commit:
             block = _copy(model, neighbour, (*stack.zeroed, *stack.identity), stack.name)
             make_identity_(block, stack.zeroed, stack.identity)
+            later = _behind(container, blocks[-1])
+            _count(commit, model, stack, at, insert=True)
             commit.contents(container._modules, inserted(container, behind, block))  # noqa: SLF001
-            _renumber(commit, blocks, [*blocks[:at], block, *blocks[at:]])
+            for change in renumbered(blocks, [*blocks[:at], block, *blocks[at:]], later):
+                commit.attribute(*change)
             twins = _pairs(neighbour, block)
             for membership in memberships:
                 membership.add_(commit, twins, list(model.parameters()))
@@ -110,14 +115,14 @@ def remove_(model: nn.Module, stack: Stack, at: int, optimizers: Iterable[Any] =
     path, blocks = _blocks(model, stack)
     container = model.get_submodule(path)
     leaf = stack.blocks[at].rpartition(".")[2]
-    kept = {name: child for name, child in container.named_children() if name != leaf}
-    if all(name.isdigit() for name in (*kept, leaf)):
-        kept = {str(i): child for i, child in enumerate(kept.values())}
     with torch.inference_mode(False), torch.no_grad():
         memberships = _memberships(model, optimizers)
         with Commit(model, ()) as commit:
-            commit.contents(container._modules, kept)  # noqa: SLF001
-            _renumber(commit, blocks, [*blocks[:at], *blocks[at + 1 :]])
+            later = _behind(container, blocks[-1])
+            _count(commit, model, stack, at, insert=False)
+            commit.contents(container._modules, without(container, leaf))  # noqa: SLF001
+            for change in renumbered(blocks, [*blocks[:at], *blocks[at + 1 :]], later):
+                commit.attribute(*change)
             left = {id(p) for p in model.parameters()}
             gone = [p for p in blocks[at].parameters() if id(p) not in left]
             for membership in memberships:
@@ -190,10 +195,22 @@ def _pairs(block: nn.Module, twin: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return [(old, new) for old, new in zip(block.parameters(), twin.parameters(), strict=True) if old is not new]
 
 
-def _renumber(commit: Commit, before: Sequence[nn.Module], after: Sequence[nn.Module]) -> None:
-    """Count anew what blocks keep as their own position."""
-    for path, name, first in counted(before):
-        for position, block in enumerate(after, first):
-            module = submodule(block, path)
-            if module is not None and vars(module).get(name) != position:
-                commit.attribute(module, name, position)
+def _behind(container: nn.Module, block: nn.Module) -> list[nn.Module]:
+    """Return the children of a container behind one of them."""
+    children = list(container.children())
+    return children[next(i for i, child in enumerate(children) if child is block) + 1 :]
+
+
+def _count(commit: Commit, model: nn.Module, stack: Stack, at: int, *, insert: bool) -> None:
+    """Let numbers of blocks and lists with an entry for each of them follow."""
+    path, _, leaf = stack.blocks[0].rpartition(".")
+    first = [name for name, _ in model.get_submodule(path).named_children()].index(leaf)
+    kept = (stack.counts, stack.per_block)
+    try:
+        changes = list(changes_of_depth(model, kept, len(stack.blocks), first, at, insert=insert))
+    except (AttributeError, LookupError, TypeError) as error:
+        raise StructureError(
+            f"The model does not keep how many blocks '{stack.name}' has where it did ({error}). Trace it again."
+        ) from error
+    for change in changes:
+        commit.attribute(*change)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_grow.structure.axes import Structure, layout_length, layout_units, stack_from_dict, tensor_of
+from lightning_grow.structure.axes import Attribute, Structure, layout_length, layout_units, stack_from_dict, tensor_of
 from lightning_grow.structure.errors import StructureError
-from lightning_grow.surgery.attributes import Change, described, following, guessed, kept_sizes
+from lightning_grow.surgery.attributes import Change, described, following, guessed, kept_sizes, kept_states
 from lightning_grow.surgery.depth import insert_, remove_
 from lightning_grow.surgery.fill import edited
 from lightning_grow.surgery.optimizer_state import OptimizerMemory
@@ -216,7 +216,13 @@ def _sizes(
 
 def _described(model: nn.Module, values: Mapping[str, Tensor], structure: Structure) -> list[Change]:
     before, after = _sizes(model, values, structure)
-    attributes = (attribute for group in structure.groups.values() for attribute in group.attributes)
-    return list(
-        described(model, (a for a in attributes if after.keys() >= layout_units(a.layout).keys()), before, after)
-    )
+    attributes = [
+        a for g in structure.groups.values() for a in g.attributes if after.keys() >= layout_units(a.layout).keys()
+    ]
+
+    def entries(attribute: Attribute, length: int) -> Tensor | None:
+        new = torch.arange(layout_length(attribute.layout, after))
+        fits = length == layout_length(attribute.layout, before)
+        return torch.where(new < length, new, -1) if fits and len(new) != length else None
+
+    return [*described(model, attributes, before, after), *kept_states(model, attributes, entries)]

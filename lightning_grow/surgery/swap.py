@@ -21,6 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_grow.structure.errors import StructureError
+from lightning_grow.structure.holders import Step, get, put
 
 
 def check_swappable(name: str, tensor: Tensor) -> None:
@@ -165,11 +166,11 @@ class Commit:
         self._undo.append(lambda: _overwrite(tensor, before))
         _overwrite(tensor, value)
 
-    def attribute(self, module: nn.Module, name: str, value: object) -> None:
-        """Set an attribute of a module."""
-        before = getattr(module, name)
-        setattr(module, name, value)
-        self._undo.append(lambda: setattr(module, name, before))
+    def attribute(self, owner: Any, step: Step, value: object) -> None:
+        """Set an attribute of a module or of an object that it holds, or an item of a container."""
+        before = get(owner, step)
+        put(owner, step, value)
+        self._undo.append(lambda: put(owner, step, before))
 
     def item(self, container: Any, key: Any, value: Any, restore: Callable[[Any], Any] | None = None) -> None:
         """Set an item of a mapping or list. An item that is a mapping itself stays the same object.

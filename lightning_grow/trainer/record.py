@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_grow.structure.axes import Stack
+from lightning_grow.structure.axes import Stack, plain
 
 _COLUMNS = ("step", "method", "what", "group", "from", "to", "parameters", "loss before", "loss after")
 
@@ -138,8 +138,8 @@ class Record:
 
 def stack_to_dict(stack: Stack) -> dict[str, Any]:
     """Return a stack as plain data, for a checkpoint."""
-    data = dataclasses.asdict(stack)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+    data: dict[str, Any] = plain(stack)
+    return data
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

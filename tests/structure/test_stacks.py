@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_grow as lg
-from lightning_grow.structure.stacks import inserted, make_identity_
+from lightning_grow.structure.identity import make_identity_
+from lightning_grow.structure.stacks import inserted
 from tests.zoo_convolutions import Residual
 from tests.zoo_entry import Model
 from tests.zoo_sequences import Block, FusedAttention
