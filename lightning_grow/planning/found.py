@@ -64,7 +64,7 @@ def stack_plans(model: nn.Module, structure: Structure, blocks: Collection[str])
     def kind(stack: Stack) -> tuple[object, ...]:
         return len(stack.blocks), without_numbers(stack.obstacle or "")
 
-    names = merged({name: kind(stack) for name, stack in structure.stacks.items()}, blocks)
+    names = merged({name: kind(stack) for name, stack in structure.stacks.items()}, blocks, inside=True)
     return {pattern: _stack_plan(model, [structure.stacks[name] for name in found]) for pattern, found in names.items()}
 
 

@@ -8,6 +8,7 @@ import glob
 import re
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 _WILD = re.compile(r"\[.[^\]]*\]|[*?]")
 _NUMBER = re.compile(r"(?<![^.'])\d+(?![^.'])")
@@ -52,23 +53,18 @@ def without_numbers(text: str) -> str:
     return re.sub(r"'[^']*'", lambda quoted: _NUMBER.sub("*", quoted[0]), text)
 
 
-@dataclass(frozen=True)
-class _Bundle:
-    """Names that are alike but for numbers, which one pattern may stand for."""
-
-    names: tuple[str, ...]
-    literal: frozenset[int] = frozenset()
-
-
-def merged(kinds: Mapping[str, Hashable], blocks: Collection[str] = ()) -> dict[str, list[str]]:
+def merged(
+    kinds: Mapping[str, Hashable], blocks: Collection[str] = (), *, inside: bool = False
+) -> dict[str, list[str]]:
     """Find patterns that stand for names which are alike but for numbers in them, and of one kind.
 
     Whatever the patterns match otherwise, `most_specific` finds for each name the pattern that stands for it.
 
     Args:
         kinds: Names, in order, each with what names under one pattern must share.
-        blocks: Qualified names of modules of which there can be more: what is inside them gets a star at once, so that
-            the pattern also stands for blocks to come.
+        blocks: Qualified names of modules of which there can be more: their names get a star at once, so that the
+            pattern also stands for blocks to come.
+        inside: Only where they are around what is named, not where they are named themselves.
 
     Returns:
         The names that each pattern stands for, in the order of the first of them.
@@ -78,72 +74,92 @@ def merged(kinds: Mapping[str, Hashable], blocks: Collection[str] = ()) -> dict[
         >>> {pattern: len(names) for pattern, names in found.items()}
         {'layers.*.fc': 12, 'layers.12.fc': 1, 'head': 1}
     """
-    alike: dict[Hashable, list[str]] = {}
-    for name, kind in kinds.items():
-        alike.setdefault((_shape(name, blocks), kind), []).append(name)
+    alike: dict[Hashable, list[_Name]] = {}
+    for text, kind in kinds.items():
+        name = _Name.of(text, blocks, inside)
+        alike.setdefault((name.shape, kind), []).append(name)
     bundles = [_Bundle(tuple(names)) for names in alike.values()]
-    while wrong := _wrong(bundles, blocks):
-        bundles = [part for b in bundles for part in (_split(b, blocks) if b in wrong else [b])]
+    while wrong := _wrong(bundles):
+        bundles = [part for bundle in bundles for part in (bundle.split() if bundle in wrong else [bundle])]
     place = {name: i for i, name in enumerate(kinds)}
-    bundles.sort(key=lambda bundle: place[bundle.names[0]])
-    return {_pattern(bundle, blocks): list(bundle.names) for bundle in bundles}
+    bundles.sort(key=lambda bundle: place[bundle.names[0].text])
+    return {bundle.pattern: [name.text for name in bundle.names] for bundle in bundles}
 
 
-def _wrong(bundles: Sequence[_Bundle], blocks: Collection[str]) -> set[_Bundle]:
+def _wrong(bundles: Sequence[_Bundle]) -> set[_Bundle]:
     """Return the bundles whose stars are too many: they stand for too few numbers, or take names from other bundles."""
-    if few := {bundle for bundle in bundles if _few(bundle, blocks)}:
+    if few := {bundle for bundle in bundles if bundle.few}:
         return few
     patterns: dict[str, _Bundle] = {}
     largest_first = sorted(bundles, key=lambda bundle: -len(bundle.names))
-    equal = {b for b in largest_first if patterns.setdefault(_pattern(b, blocks), b) is not b}
-    takers = {(b, patterns[most_specific(name, patterns) or ""]) for b in bundles for name in b.names if not equal}
-    return equal or {taker for bundle, taker in takers if taker is not bundle}
+    equal = {bundle for bundle in largest_first if patterns.setdefault(bundle.pattern, bundle) is not bundle}
+    if equal:
+        return equal
+    takers = {(b, patterns[most_specific(name.text, patterns) or ""]) for b in bundles for name in b.names}
+    return {taker for bundle, taker in takers if taker is not bundle}
 
 
-def _split(bundle: _Bundle, blocks: Collection[str]) -> list[_Bundle]:
-    """Return bundles in which one number more is literal."""
-    where = _few(bundle, blocks) or [i for i in _numbered(bundle, blocks) if i not in bundle.literal]
-    at = where[0]
-    parts: dict[str, list[str]] = {}
-    for name in bundle.names:
-        parts.setdefault(name.split(".")[at], []).append(name)
-    return [_Bundle(tuple(names), bundle.literal | {at}) for names in parts.values()]
+@dataclass(frozen=True)
+class _Name:
+    """A qualified name, and the places at which it names a block of a stack."""
+
+    text: str
+    parts: tuple[str, ...]
+    blocks: frozenset[int]
+
+    @classmethod
+    def of(cls, text: str, blocks: Collection[str], inside: bool) -> _Name:
+        parts = tuple(text.split("."))
+        places = range(len(parts) - inside)
+        return cls(text, parts, frozenset(i for i in places if ".".join(parts[: i + 1]) in blocks))
+
+    @property
+    def shape(self) -> tuple[str, ...]:
+        """The parts, with stars for numbers."""
+        return tuple(_starred(p) if p.isdigit() or i in self.blocks else p for i, p in enumerate(self.parts))
 
 
-def _few(bundle: _Bundle, blocks: Collection[str]) -> list[int]:
-    """Return the places, outside of stacks, at which there are too few values for a star."""
-    in_block = {i for name in bundle.names for i in _block_places(name, blocks)}
-    values = [set(column) for column in zip(*(name.split(".") for name in bundle.names), strict=True)]
-    return [i for i in _numbered(bundle, blocks) if i not in in_block and 1 < len(values[i]) < _MANY]
+@dataclass(frozen=True)
+class _Bundle:
+    """Names that are alike but for numbers, which one pattern may stand for."""
+
+    names: tuple[_Name, ...]
+    literal: frozenset[int] = frozenset()
+
+    @cached_property
+    def pattern(self) -> str:
+        """The names, with stars in the place of numbers that differ, and of blocks."""
+        first = self.names[0].parts
+        stars = {i for i in self._free if i in self._blocks or len(self._values[i]) > 1}
+        return ".".join(_starred(part) if i in stars else glob.escape(part) for i, part in enumerate(first))
+
+    @cached_property
+    def few(self) -> list[int]:
+        """The places, outside of stacks, at which there are too few values for a star."""
+        return [i for i in self._free if i not in self._blocks and 1 < len(self._values[i]) < _MANY]
+
+    def split(self) -> list[_Bundle]:
+        """Return bundles in which one number more is literal."""
+        at = (self.few or self._free)[0]
+        names: dict[str, list[_Name]] = {}
+        for name in self.names:
+            names.setdefault(name.parts[at], []).append(name)
+        return [_Bundle(tuple(some), self.literal | {at}) for some in names.values()]
+
+    @cached_property
+    def _blocks(self) -> frozenset[int]:
+        return frozenset().union(*(name.blocks for name in self.names))
+
+    @cached_property
+    def _values(self) -> list[set[str]]:
+        return [set(column) for column in zip(*(name.parts for name in self.names), strict=True)]
+
+    @cached_property
+    def _free(self) -> list[int]:
+        """The places at which there are numbers, or blocks, that are not literal."""
+        places = enumerate(self.names[0].parts)
+        return [i for i, part in places if (part.isdigit() or i in self._blocks) and i not in self.literal]
 
 
-def _pattern(bundle: _Bundle, blocks: Collection[str]) -> str:
-    parts = bundle.names[0].split(".")
-    columns = list(zip(*(name.split(".") for name in bundle.names), strict=True))
-    wild = set(_numbered(bundle, blocks)) - bundle.literal
-    in_block = {i for name in bundle.names for i in _block_places(name, blocks)}
-    return ".".join(
-        _stem(part) + "*" if i in wild and (i in in_block or len(set(columns[i])) > 1) else glob.escape(part)
-        for i, part in enumerate(parts)
-    )
-
-
-def _numbered(bundle: _Bundle, blocks: Collection[str]) -> list[int]:
-    """Return the places at which names have a number, or a block."""
-    parts = bundle.names[0].split(".")
-    in_block = {i for name in bundle.names for i in _block_places(name, blocks)}
-    return [i for i, part in enumerate(parts) if part.isdigit() or i in in_block]
-
-
-def _block_places(name: str, blocks: Collection[str]) -> list[int]:
-    parts = name.split(".")
-    return [i for i in range(len(parts)) if ".".join(parts[: i + 1]) in blocks]
-
-
-def _stem(part: str) -> str:
-    return glob.escape(part.rstrip("0123456789"))
-
-
-def _shape(name: str, blocks: Collection[str]) -> tuple[str, ...]:
-    places = _block_places(name, blocks)
-    return tuple(f"{_stem(part)}*" if part.isdigit() or i in places else part for i, part in enumerate(name.split(".")))
+def _starred(part: str) -> str:
+    return glob.escape(part.rstrip("0123456789")) + "*"

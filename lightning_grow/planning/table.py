@@ -23,7 +23,8 @@ def _group_row(name: str, entry: GroupPlan) -> tuple[str, ...]:
     found = entry.found
     facts = ("", "", "", "")
     if found is not None:
-        facts = (f"{found.groups}", f"{found.units:,}", f"{found.step}", _span(found.parameters_per_unit))
+        units = f"{found.units:,}" + (f" of {found.entries_per_unit}" if found.entries_per_unit > 1 else "")
+        facts = (f"{found.groups}", units, f"{found.step}", _span(found.parameters_per_unit))
     widening = "keeps the function" if entry.obstacle is None else f"changes it: {entry.obstacle}"
     return (name, *facts, _may(entry.change), widening)
 
@@ -61,4 +62,4 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return not set(cell) - set("0123456789, to")
+    return not set(cell) - set("0123456789, tof")

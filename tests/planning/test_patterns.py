@@ -38,6 +38,11 @@ def test_what_is_inside_a_stack_gets_a_star_for_blocks_to_come():
     assert list(merged({"features.dense1.conv": 4}, {"features.dense1"})) == ["features.dense*.conv"]
 
 
+def test_what_is_a_block_itself_may_keep_its_name():
+    """A stack in the model itself is called like its first block."""
+    assert list(merged({"2": 6, "2.0.inner": 1}, {"2", "2.0"}, inside=True)) == ["2", "*.*.inner"]
+
+
 def test_a_few_layers_of_a_perceptron_stay_apart():
     assert list(merged(dict.fromkeys(["net.0", "net.2", "net.4"], 8))) == ["net.0", "net.2", "net.4"]
 

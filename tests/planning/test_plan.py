@@ -53,6 +53,7 @@ def test_a_plan_has_every_group_with_its_size_step_and_cost(name):
         if group.step == 1:
             assert more == found.parameters_per_unit
         assert f" {found.parameters_per_unit:,} " in str(plan)
+        assert found.entries_per_unit == 1 or f" {found.units} of {found.entries_per_unit} " in str(plan)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,6 +110,7 @@ def test_a_deep_model_has_a_short_file_that_also_stands_for_blocks_to_come():
     plan = lg.plan(model, torch.zeros(3, 6))
     (entry,) = plan.groups.values()
     assert (entry.found.groups, entry.found.units) == (20, 4)
+    assert list(plan.stacks) == list(lg.trace(model, torch.zeros(3, 6)).stacks)
     assert plan.for_group("20.up") == entry
     assert len(plan.to_yaml().splitlines()) < 35
 
