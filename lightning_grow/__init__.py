@@ -1,6 +1,7 @@
 """PyTorch Lightning callbacks and optimizers with which a LightningModule finds its own size while it trains."""
 
 from lightning_grow.growth import Net2Net, net2deeper, net2wider
+from lightning_grow.planning import Plan, PlanError, plan
 from lightning_grow.pruning import MagnitudePruning
 from lightning_grow.structure import Axis, AxisGroup, Stack, Structure, StructureError, trace
 from lightning_grow.surgery import Edit, apply_, insert_, prune, remove_, replay_, resize_like_, split, widen
@@ -15,6 +16,8 @@ __all__ = [
     "History",
     "MagnitudePruning",
     "Net2Net",
+    "Plan",
+    "PlanError",
     "Stack",
     "StructuralCallback",
     "Structure",
@@ -24,6 +27,7 @@ __all__ = [
     "load_from_checkpoint",
     "net2deeper",
     "net2wider",
+    "plan",
     "prune",
     "remove_",
     "replay_",

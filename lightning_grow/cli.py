@@ -1,7 +1,7 @@
 """The ``lightning-grow`` command: a LightningCLI for any module and data, and a look at structures and runs.
 
 ``fit``, ``validate``, ``test`` and ``predict`` are Lightning's own, with its options, configuration files and errors;
-after ``fit`` stands a report. ``inspect`` and ``plot`` are described by their ``--help``.
+after ``fit`` stands a report. ``inspect``, ``plan`` and ``plot`` are described by their ``--help``.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from typing_extensions import override
 import lightning_grow as lg
 from lightning_grow.data import DataFileError
 from lightning_grow.inspection import TargetError, build, describe, example_inputs, parse_arguments, resolve
+from lightning_grow.planning import Plan, PlanError
 from lightning_grow.report import PICTURE_FILE, RunError, events_table, picture, read_history
 from lightning_grow.structure import StructureError
 from lightning_grow.trainer.history import HISTORY_FILE, History, run_folder, write_history
+from lightning_grow.trainer.probe import trace_module
 from lightning_grow.trainer.run import run_of
 from lightning_grow.trainer.structural_callback import StructuralCallback
 
@@ -50,6 +52,7 @@ commands:
   test       measure on test data
   predict    run on new data
   inspect    print what may vary in any importable model, and what not and why
+  plan       write an editable plan of what may change in the model of a recipe
   plot       draw the architecture of a run over time
 
 'lightning-grow COMMAND --help' describes each. Version {version}.
@@ -177,6 +180,39 @@ class UngrownCLI(LightningCLI):
         )
 
 
+class PlanCLI(LightningCLI):
+    """Sets up the training of a recipe up to its first batch, and makes the plan that its callbacks would have."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.look = _FirstBatch()
+        alone = ["--trainer.callbacks=null", "--trainer.logger=false", "--trainer.strategy=auto", "--trainer.devices=1"]
+        super().__init__(args=["fit", *args, *alone], save_config_callback=None, seed_everything_default=0)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Accept the configuration of ``fit``."""
+        _add_arguments(parser)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Return a trainer that does not train, and leaves nothing behind."""
+        quiet = dict.fromkeys(("enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+        return super().instantiate_trainer(
+            callbacks=[self.look], limit_train_batches=1, limit_val_batches=0, max_epochs=1, **quiet, **kwargs
+        )
+
+
+class _FirstBatch(pl.Callback):
+    """Makes a plan as soon as there is a batch, and lets nobody train on it."""
+
+    plan: Plan
+
+    @override
+    def on_train_batch_start(  # type: ignore[override]  # Lightning ends the epoch at -1
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> int:
+        self.plan = Plan.of(trace_module(trainer, pl_module, batch, batch_idx), pl_module)
+        return -1
+
+
 def _add_arguments(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(ReportOptions, "report")
     parser.add_argument(
@@ -286,12 +322,46 @@ def inspect_command(args: Sequence[str]) -> None:
     )
     parser.add_argument("--inputs", help="module:function that returns the inputs: a tensor, a tuple or a dict")
     parser.add_argument("--axes", action="store_true", help="list every axis with its layout")
+    parser.add_argument(
+        "--yaml", nargs="?", const="", metavar="FILE", help="write the plan instead, to FILE or the standard output"
+    )
     options = parser.parse_args(args)
     positional, keywords = parse_arguments(options.args)
-    model = build(resolve(options.target), options.target, positional, keywords)
-    inputs, named_inputs = example_inputs(model, options.input_shape, options.input_dtype, options.inputs)
-    structure = lg.trace(model, *inputs, **named_inputs)
-    _console().print(describe(model, structure, every_axis=options.axes))
+    with contextlib.nullcontext() if options.yaml is None else contextlib.redirect_stdout(sys.stderr):
+        model = build(resolve(options.target), options.target, positional, keywords)
+        inputs, named_inputs = example_inputs(model, options.input_shape, options.input_dtype, options.inputs)
+        structure = lg.trace(model, *inputs, **named_inputs)
+    if options.yaml is None:
+        _console().print(describe(model, structure, every_axis=options.axes))
+    else:
+        _write_plan(Plan.of(structure, model), options.yaml)
+
+
+def plan_command(args: Sequence[str]) -> None:
+    """Run ``lightning-grow plan``."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-grow plan",
+        description="Write what may change in the model of a recipe, and how far: YAML to edit, which a callback takes "
+        "as its scope (groups: FILE). The recipe is set up as 'fit' would do it, but nothing is trained.",
+        epilog="All other options are those of 'fit'. example: lightning-grow plan --config recipes/digits.yaml",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-o", "--output", default="", metavar="FILE", help="file to write; default: standard output")
+    options, rest = parser.parse_known_args(args)
+    with contextlib.redirect_stdout(sys.stderr), _quiet("lightning.pytorch", "lightning.fabric"):
+        plan = PlanCLI(rest).look.plan
+    _write_plan(plan, options.output)
+
+
+def _write_plan(plan: Plan, file: str) -> None:
+    if not file:
+        sys.stdout.write(plan.to_yaml())
+        return
+    try:
+        plan.save(file)
+    except OSError as error:
+        raise RunError(f"Cannot write '{file}': {error}") from error
+    _console().print(file, soft_wrap=True)
 
 
 def plot_command(args: Sequence[str]) -> None:
@@ -333,12 +403,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.filterwarnings("ignore", r"[\s\S]*skip_none parameter")  # skip_unset is not in older jsonargparse
             warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # Lightning with newer torch
             warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data of the recipes is in memory
-            commands = {"inspect": inspect_command, "plot": plot_command}
+            commands = {"inspect": inspect_command, "plan": plan_command, "plot": plot_command}
             if args[0] in commands:
                 commands[args[0]](args[1:])
             else:
                 GrowCLI(args)
-    except (StructureError, DataFileError, TargetError, RunError) as error:
+    except (StructureError, DataFileError, PlanError, TargetError, RunError) as error:
         _console(stderr=True).print(f"lightning-grow: error: {error}", soft_wrap=True)
         return 1
     return 0

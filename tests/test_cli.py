@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import nn
 
+import lightning_grow as lg
 from lightning_grow.cli import main
 from lightning_grow.trainer.history import HISTORY_FILE
 
@@ -42,10 +43,12 @@ def run_of_digits():
 def test_help_names_every_command(args, capsys):
     assert main(args) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {command} " in out for command in ("fit", "validate", "test", "predict", "inspect", "plot"))
+    assert all(
+        f"\n  {command} " in out for command in ("fit", "validate", "test", "predict", "inspect", "plan", "plot")
+    )
 
 
-@pytest.mark.parametrize("command", ["fit", "inspect", "plot"])
+@pytest.mark.parametrize("command", ["fit", "inspect", "plan", "plot"])
 def test_each_command_has_its_own_help(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -285,6 +288,11 @@ ready = Tagger(4)
 number = 3
 
 
+def talkative():
+    sys.stdout.write("I am a model that says so")
+    return Tagger(4)
+
+
 def tokens():
     return {"tokens": torch.zeros(2, 5, dtype=torch.int64), "scale": 2.0}
 
@@ -333,6 +341,21 @@ def test_inspect_finds_models_of_the_current_folder(capsys, monkeypatch):
     assert "Linear: 10 parameters" in capsys.readouterr().out
 
 
+def test_inspect_writes_the_plan_and_nothing_else(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES.parent))
+    args = ["inspect", "tests.test_cli:talkative", "--inputs", "tests.test_cli:tokens", "--yaml"]
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert "I am a model" in err
+    plan = lg.Plan.from_yaml(out)
+    assert plan == lg.plan(Tagger(4), **tokens())
+    assert main([*args, "plan.yaml"]) == 0
+    assert capsys.readouterr().out == "plan.yaml\n"
+    assert lg.Plan.load("plan.yaml") == plan
+    assert main([*args, "no/folder/plan.yaml"]) == 1
+    assert "Cannot write 'no/folder/plan.yaml'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "match"),
     [
@@ -360,3 +383,30 @@ def test_inspect_says_what_is_wrong(args, match, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert err.startswith("lightning-grow: error: ")
     assert match in err
+
+
+# -- plan --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_of_a_recipe_is_written_before_anything_is_trained_and_bounds_its_growth(capsys):
+    recipe = ["--config", str(RECIPES / "digits.yaml")]
+    assert main(["plan", *recipe]) == 0
+    out = capsys.readouterr().out
+    plan = lg.Plan.from_yaml(out)
+    assert plan.parameters == 252
+    assert not list(Path().iterdir())
+    assert main(["plan", *recipe, "-o", "plan.yaml", "--model.init_args.depth=2"]) == 0
+    assert capsys.readouterr().out == "plan.yaml\n"
+    assert lg.Plan.load("plan.yaml").stacks["network.stages.0"].found.blocks == 2
+
+    Path("plan.yaml").write_text(out.replace("max_units: null", "max_units: 3"))
+    assert growing("--trainer.callbacks.groups=plan.yaml", "--report.ungrown=false", "--report.test=false") == 0
+    history = json.loads((run_of_digits() / HISTORY_FILE).read_text())
+    assert set(history["snapshots"][-1]["units"].values()) == {3}
+
+
+def test_a_plan_can_be_made_of_the_configuration_that_a_run_saved(capsys):
+    assert fit("--report.ungrown=false", "--report.test=false") == 0
+    capsys.readouterr()
+    assert main(["plan", "--config", str(run_of_digits() / "config.yaml")]) == 0
+    assert lg.Plan.from_yaml(capsys.readouterr().out).model == "ImageClassifier"

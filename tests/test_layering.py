@@ -15,19 +15,20 @@ MAY_IMPORT = {
     "surgery": CORE,
     "criteria": CORE,
     "costs": CORE,
+    "planning": (*CORE, "costs"),
     "optim": (),
-    "trainer": (*CORE, "surgery", "criteria", "costs"),
-    **dict.fromkeys(METHODS, (*CORE, "surgery", "criteria", "costs", "trainer")),
+    "trainer": (*CORE, "surgery", "criteria", "costs", "planning"),
+    **dict.fromkeys(METHODS, (*CORE, "surgery", "criteria", "costs", "planning", "trainer")),
     "testing": (*CORE, "surgery", "criteria", "costs"),
     "data": (),
     "examples": (),
     "plot": (),
     "inspection": (*CORE, "costs"),
     "report": ("plot", "trainer"),
-    "cli": ("", *CORE, "trainer", "data", "inspection", "report"),
-    "": (*CORE, "surgery", "criteria", "costs", "trainer", *METHODS, "optim", "testing"),
+    "cli": ("", *CORE, "planning", "trainer", "data", "inspection", "report"),
+    "": (*CORE, "surgery", "criteria", "costs", "planning", "trainer", *METHODS, "optim", "testing"),
 }
-TORCH_ONLY = ("structure", "surgery", "criteria", "costs", "optim")
+TORCH_ONLY = ("structure", "surgery", "criteria", "costs", "planning", "optim")
 FORBIDDEN_BELOW = ("lightning", "pytorch_lightning", "torchmetrics", "matplotlib", "rich", "wandb", "sklearn")
 
 

@@ -21,7 +21,9 @@ from lightning_grow.trainer.proposal import Proposal
 from lightning_grow.trainer.structural_callback import StructuralCallback
 
 
-def prune_lowest(scores: Mapping[str, tuple[AxisGroup, Tensor]], num_units: int, min_size: int = 1) -> list[Edit]:
+def prune_lowest(
+    scores: Mapping[str, tuple[AxisGroup, Tensor]], num_units: int, min_size: int | Mapping[str, int] = 1
+) -> list[Edit]:
     """Remove the units with the lowest scores, wherever they are.
 
     One threshold for all groups: a group whose units all matter loses none. Within a group, units go in multiples of
@@ -30,7 +32,7 @@ def prune_lowest(scores: Mapping[str, tuple[AxisGroup, Tensor]], num_units: int,
     Args:
         scores: By group name, the group and one score per unit, ``(group.size,)``; higher = worth more.
         num_units: Units to remove in all, at least 1; fewer go if the groups cannot spare them.
-        min_size: Units that each group keeps, at least 1.
+        min_size: Units that each group keeps, at least 1; or, by group name, units that this group keeps.
 
     Returns:
         One edit for each group that loses units, in the order of ``scores``.
@@ -38,14 +40,15 @@ def prune_lowest(scores: Mapping[str, tuple[AxisGroup, Tensor]], num_units: int,
     Raises:
         ValueError: If a number is out of range, or the scores of a group are not one per unit.
     """
-    if num_units < 1 or min_size < 1:
+    kept = min_size if isinstance(min_size, Mapping) else dict.fromkeys(scores, min_size)
+    if num_units < 1 or min(kept.values(), default=1) < 1:
         raise ValueError(f"Expected `num_units` and `min_size` of at least 1, found {num_units} and {min_size}.")
     bundles: list[tuple[float, str, list[int]]] = []
     for name, (group, score) in scores.items():
         if score.shape != (group.size,):
             raise ValueError(f"Expected {group.size} scores for '{name}', found shape {tuple(score.shape)}.")
         order = torch.argsort(score, stable=True).tolist()
-        least = -(-min_size // group.step) * group.step
+        least = -(-kept.get(name, 1) // group.step) * group.step
         spare = max(0, group.size - least) // group.step * group.step
         for begin in range(0, spare, group.step):
             units = order[begin : begin + group.step]
@@ -105,7 +108,8 @@ class MagnitudePruning(StructuralCallback):
             return []
         total = sum(group.size for group in groups)
         num_units = self.num_units or max(1, round((self.fraction or 0.1) * total))
-        return [Proposal(edit) for edit in prune_lowest(scores, num_units, self.min_size)]
+        min_size = {name: max(self.min_size, occasion.least_units.get(name, 1)) for name in scores}
+        return [Proposal(edit) for edit in prune_lowest(scores, num_units, min_size)]
 
 
 def _has(group: AxisGroup, roles: Sequence[Role], occasion: Occasion) -> bool:

@@ -81,6 +81,30 @@ def trimmed(edit: Edit, size: int, sizes: Mapping[str, int]) -> Edit:
     return replace(edit, index=index, share=tuple(share), values=values, parents=edit.parents[:size])
 
 
+def spared(edit: Edit, size: int) -> Edit:
+    """Return an edit that leaves ``size`` units, as if the first of the units that go had been left where they are.
+
+    Args:
+        edit: An edit that removes units.
+        size: Units after the milder edit, ``len(edit.index) <= size <= edit.group.size``.
+    """
+    if not len(edit.index) <= size <= edit.group.size:
+        raise ValueError(
+            f"'{edit.group.name}' goes from {edit.group.size} to {len(edit.index)}, it cannot stop at {size}."
+        )
+    gone = [unit for unit in range(edit.group.size) if unit not in edit.index]
+    back = gone[: size - len(edit.index)]
+    index, share = (*edit.index, *back), (*edit.share, *(1.0 for _ in back))
+    order = range(size) if edit.num_new else sorted(range(size), key=lambda place: index[place])
+    parents = (*edit.parents, *(-1 for _ in back)) if edit.parents else ()
+    return replace(
+        edit,
+        index=tuple(index[place] for place in order),
+        share=tuple(share[place] for place in order),
+        parents=tuple(parents[place] for place in order) if parents else (),
+    )
+
+
 def _kept_values(value: Tensor, edit: Edit, axis: Axis, size: int, sizes: Mapping[str, int]) -> Tensor:
     """Drop the given new entries of units that are no longer made."""
     index = torch.tensor(edit.index)

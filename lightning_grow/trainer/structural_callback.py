@@ -14,10 +14,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_grow.criteria.statistics import Statistic
+from lightning_grow.planning import Plan
 from lightning_grow.structure.axes import AxisGroup, Structure
 from lightning_grow.trainer.budget import Budget, Meter, apply_changes_
 from lightning_grow.trainer.editing import agree, editing, refuse_module, refuse_strategy
-from lightning_grow.trainer.occasion import Occasion, check_choice, chosen, chosen_groups
+from lightning_grow.trainer.occasion import Occasion
 from lightning_grow.trainer.plateau import Plateau
 from lightning_grow.trainer.probe import (
     count_of,
@@ -32,6 +33,7 @@ from lightning_grow.trainer.record import Record
 from lightning_grow.trainer.reporting import log_final_sizes, log_sizes, loss_of, summary, to_events
 from lightning_grow.trainer.resume import Restorer
 from lightning_grow.trainer.run import CHECKPOINT_KEY, Run, run_of
+from lightning_grow.trainer.scope import Scope
 from lightning_grow.trainer.triggers import Trigger, finished_epochs
 from lightning_grow.trainer.twins import twins_of
 from lightning_grow.trainer.window import Window
@@ -57,7 +59,8 @@ class StructuralCallback(pl.Callback, ABC):
         mode: Whether the metric should fall (``"min"``) or rise (``"max"``).
         start: No event before so many optimizer steps (with epochs or a plateau: epochs) are done.
         stop: No event after so many optimizer steps (epochs) are done.
-        groups: Glob patterns of the groups and stacks to change, as in `Structure`; ``"!pattern"`` excludes.
+        groups: Which groups and stacks to change: glob patterns of their names, as in `Structure`, of which
+            ``"!pattern"`` excludes; or a `Plan`, or the path of a plan's YAML file, with limits for each of them.
         max_parameters: Largest number of parameters of the whole model.
         max_flops: Most floating-point operations of ``forward(example_input_array)``.
         max_latency_ms: Longest time of ``forward(example_input_array)`` in eval mode, in milliseconds.
@@ -91,7 +94,7 @@ class StructuralCallback(pl.Callback, ABC):
         mode: Literal["min", "max"] = "min",
         start: int = 0,
         stop: int | None = None,
-        groups: list[str] | None = None,
+        groups: list[str] | str | Plan | None = None,
         max_parameters: int | None = None,
         max_flops: float | None = None,
         max_latency_ms: float | None = None,
@@ -109,8 +112,7 @@ class StructuralCallback(pl.Callback, ABC):
             every_n_steps, every_n_epochs, at_steps, on_plateau, start, stop, patience, min_delta, mode
         )
         self.budget = Budget(max_parameters, max_flops, max_latency_ms)
-        if isinstance(groups, str):
-            raise MisconfigurationException(f"`groups` should be a list of patterns, found the string {groups!r}.")
+        self.scope = Scope.of(groups)
         if num_units is not None and fraction is not None:
             raise MisconfigurationException(
                 f"Expected `num_units` or `fraction`, found both: {num_units!r} and {fraction!r}."
@@ -135,7 +137,7 @@ class StructuralCallback(pl.Callback, ABC):
             every_n_epochs=every_n_epochs,
             at_steps=at_steps,
             on_plateau=on_plateau,
-            groups=groups,
+            groups=[*groups.groups, *groups.stacks] if isinstance(groups, Plan) else groups,
         )
         self._run = Run()
         self._restorer: Restorer | None = None
@@ -219,7 +221,7 @@ class StructuralCallback(pl.Callback, ABC):
             if self.verbose:
                 rank_zero_only(log.info)("%s\n%s", type(pl_module).__name__, self._run.structure)
         self._is_ready = True
-        check_choice(self._run.live_structure(pl_module), self.groups)
+        self.scope.check(self._run.live_structure(pl_module), shrink=self.shrinks)
         self._run.begin(pl_module)
         self._begin_to_log(trainer)
         if self._saved_window is not None:
@@ -277,6 +279,7 @@ class StructuralCallback(pl.Callback, ABC):
         structure = self._run.live_structure(pl_module)
         occasion = self._occasion(trainer, pl_module, structure, statistics)
         proposals = [p for p in self.propose(occasion) if not is_nothing(p.change)]
+        proposals = self.scope.within_limits(proposals, structure)
         fitting = self._within_budget(trainer, pl_module, structure, proposals)
         changes = [p.change for p in fitting]
         agree(trainer, changes, trainer.global_step)
@@ -386,9 +389,10 @@ class StructuralCallback(pl.Callback, ABC):
         structure: Structure,
         statistics: Mapping[str, Statistic],
     ) -> Occasion:
-        groups = tuple(chosen_groups(structure, self.groups))
-        stacks = tuple(structure.stacks[name] for name in chosen(structure.stacks, self.groups))
-        return Occasion(pl_module, structure, groups, stacks, statistics, trainer.global_step, self.seed)
+        groups = tuple(self.scope.groups(structure, shrink=self.shrinks, with_room=True))
+        stacks = tuple(self.scope.stacks(structure, shrink=self.shrinks, with_room=True))
+        least = self.scope.least_units(groups)
+        return Occasion(pl_module, structure, groups, stacks, statistics, trainer.global_step, self.seed, least)
 
     def _meter(self, trainer: pl.Trainer, pl_module: pl.LightningModule, structure: Structure) -> Meter:
         inputs = example_inputs(trainer, pl_module) if self.budget.needs_running else None
@@ -401,7 +405,7 @@ class StructuralCallback(pl.Callback, ABC):
     def _open_window(self, pl_module: pl.LightningModule, saved: dict[str, Any] | None = None) -> bool:
         """Begin to observe; return whether there is anything to observe."""
         structure = self._run.live_structure(pl_module)
-        groups = chosen_groups(structure, self.groups)
+        groups = self.scope.groups(structure, shrink=self.shrinks, with_room=True)
         statistics = self.statistics(structure, groups)
         if not statistics:
             return False
@@ -422,8 +426,9 @@ class StructuralCallback(pl.Callback, ABC):
         """Return the sizes of what the user chose, and the number of parameters."""
         structure = self._run.structure or Structure(groups={})
         sizes, parameters = self._run.sizes(pl_module)
-        groups = [group.name for group in chosen_groups(structure, self.groups)]
-        return {name: sizes[name] for name in [*groups, *chosen(structure.stacks, self.groups)]}, parameters
+        names = [group.name for group in self.scope.groups(structure, shrink=self.shrinks)]
+        names += [stack.name for stack in self.scope.stacks(structure, shrink=self.shrinks)]
+        return {name: sizes[name] for name in names}, parameters
 
     def _log_sizes(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, at_epoch_end: bool) -> None:
         if self._run.structure is not None:
@@ -438,7 +443,8 @@ class StructuralCallback(pl.Callback, ABC):
         if self._said_why:
             return
         self._said_why = True
-        why = "the chosen groups and stacks allow no change (their obstacles stand in the structure)"
+        where = "the structure" if self.scope.plan is None else f"the structure, their limits in {self.scope.source}"
+        why = f"the chosen groups and stacks allow no change (their obstacles stand in {where})"
         if proposals:
             limits = ", ".join(f"{n}={limit:,}" for n, limit in vars(self.budget).items() if limit is not None)
             why = f"the budget is reached ({limits})"

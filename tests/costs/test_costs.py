@@ -26,6 +26,8 @@ def test_the_count_is_what_an_edited_model_has(name):
             expected = count_parameters(model, structure, {group.name: len(edit.index)})
             apply_(changed, [edit])
             assert sum(p.numel() for p in changed.parameters()) == expected
+        one_more = count_parameters(model, structure, {group.name: group.size + 1})
+        assert unit_parameters(model, structure, group.name) == one_more - count_parameters(model, structure)
 
 
 def test_one_more_unit_costs_its_fan_in_bias_and_fan_out():

@@ -5,8 +5,9 @@ import torch
 
 from lightning_grow.structure.axes import Stack, stack_from_dict
 from lightning_grow.trainer import Event, Record
-from lightning_grow.trainer.occasion import Occasion, chosen
+from lightning_grow.trainer.occasion import Occasion
 from lightning_grow.trainer.record import stack_to_dict
+from lightning_grow.trainer.scope import Scope
 
 
 def record():
@@ -63,7 +64,7 @@ def test_a_stack_survives_as_plain_data():
     ],
 )
 def test_patterns_choose_names(patterns, expected):
-    assert chosen(["a.0", "a.1", "b"], patterns) == expected
+    assert Scope.of(patterns).names(["a.0", "a.1", "b"]) == expected
 
 
 def test_generators_differ_by_name_step_and_seed_but_not_by_process():

@@ -616,7 +616,7 @@ def test_batch_norm_on_a_single_example_is_traced_in_eval_mode(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"groups": "fc1"}, "list of patterns, found the string 'fc1'"),
+        ({"groups": "fc1"}, r"write a list: groups=\['fc1'\]"),
         ({"num_units": 2, "fraction": 0.5}, "found both"),
         ({"num_units": 0}, "`num_units` should be at least 1"),
         ({"fraction": 0.0}, "`fraction` should be above 0"),
