@@ -112,6 +112,31 @@ class Attribute:
 
 
 @dataclass(frozen=True)
+class Padding:
+    """How a group grows under norms that average over its units, so that they do not show it.
+
+    From ``n`` to ``m`` units, whatever writes the new units lets them be zero, or the mean of the others; then the
+    norms see the same up to a factor that their gains and their eps make up for.
+
+    Attributes:
+        fill: What the new units are: ``"zeros"`` (under a root mean square) or ``"mean"`` (under mean and variance).
+        written: Labels of the axes whose new entries are such.
+        gains: Labels of the axes whose present entries are multiplied by ``sqrt(n/m)``.
+        shifts: Labels of the axes whose new entries are zero: biases of the norms.
+        eps: Numbers that are multiplied by ``n/m``: module and attribute. None stands for the smallest number of the
+            module's type.
+        silent: Whether the new fan-out must be zero; otherwise it is random, and the norms let nothing through.
+    """
+
+    fill: Literal["zeros", "mean"]
+    written: tuple[str, ...]
+    gains: tuple[str, ...]
+    shifts: tuple[str, ...] = ()
+    eps: tuple[tuple[str, str], ...] = ()
+    silent: bool = False
+
+
+@dataclass(frozen=True)
 class AxisGroup:
     """All axes that share one unit count, and so must be resized together.
 
@@ -120,7 +145,12 @@ class AxisGroup:
         size: Number of units: neurons, channels, heads, features.
         step: Units come in multiples of it.
         axes: Every axis that depends on the unit count.
+        attributes: Sizes kept as Python integers that follow.
         obstacle: None when `widen` and `split` keep the function exactly, otherwise why they cannot.
+        copies: Where there is an obstacle: whether adding whole multiples of the units keeps the function all the same,
+            as copies. `widen` does so.
+        padding: Where there is an obstacle: how any number of units can be added all the same, if ``widen`` is to
+            ``preserve`` the function; None if that is not known.
     """
 
     name: str
@@ -129,6 +159,8 @@ class AxisGroup:
     axes: tuple[Axis, ...]
     attributes: tuple[Attribute, ...] = ()
     obstacle: str | None = None
+    copies: bool = False
+    padding: Padding | None = None
 
     @property
     def units(self) -> Units:
@@ -272,7 +304,11 @@ def _layout_from(data: Sequence[Mapping[str, Any]]) -> Layout:
 def _group_from(data: Mapping[str, Any]) -> AxisGroup:
     axes = tuple(Axis(**{**a, "layout": _layout_from(a["layout"])}) for a in data["axes"])
     attributes = tuple(Attribute(**{**a, "layout": _layout_from(a["layout"])}) for a in data["attributes"])
-    return AxisGroup(**{**data, "axes": axes, "attributes": attributes})
+    padding = data.get("padding")
+    if padding is not None:
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in padding.items()}
+        padding = Padding(**{**fields, "eps": tuple((module, name) for module, name in padding["eps"])})
+    return AxisGroup(**{**data, "axes": axes, "attributes": attributes, "padding": padding})
 
 
 def stack_from_dict(data: Mapping[str, Any]) -> Stack:

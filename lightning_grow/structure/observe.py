@@ -69,6 +69,7 @@ class Trace:
         origins: The operator and the module at which each fact was found.
         used: Names of the tensors that took part in an operation.
         looked_up: Raw symbols of axes along which an operator looks entries up by their index.
+        produced: Raw symbols of axes that make units somewhere, whatever else they do (a tied embedding reads them).
         opaque: Sizes that go into modules that cannot be traced, and which.
         repeated: Whether a block was taken for another.
     """
@@ -88,6 +89,7 @@ class Trace:
     origins: dict[Expr, tuple[str, str]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     looked_up: set[Expr] = field(default_factory=set)
+    produced: set[Expr] = field(default_factory=set)
     opaque: list[tuple[Expr, str]] = field(default_factory=list)
     repeated: bool = False
 
@@ -178,8 +180,9 @@ class Observer:
             if old in trace.fixed:
                 operator, where = trace.fixed[old]
                 trace.fixed.setdefault(new, (operator, moved(where)))
-            if old in trace.looked_up:
-                trace.looked_up.add(new)
+            for seen_of in (trace.looked_up, trace.produced):
+                if old in seen_of:
+                    seen_of.add(new)
 
     def _add_fact(self, lhs: Expr, rhs: Expr, origin: tuple[str, str]) -> None:
         for one, other in ((lhs, rhs), (rhs, lhs)):
@@ -311,6 +314,8 @@ class Observer:
                 else:
                     role = "produced"
                 for symbol in self._own_symbols(tensor, expr):
+                    if role == "produced":
+                        self.trace.produced.add(symbol)
                     if role == "consumed" or symbol not in self.trace.roles:
                         self.trace.roles[symbol] = role
 

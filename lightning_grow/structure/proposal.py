@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_grow.structure.states import is_state
 Expr = Any  # a sympy expression; sympy ships no types
 
 _MOST_CHOICES = 64
+_QUOTED = re.compile(r"'([^']*)' \(")
 
 
 class Subject:
@@ -70,6 +72,7 @@ class Proposal:
         pinned: Axes that do not vary, with the reason.
         unused: Parameters that took no part.
         mixing: What mixes along the axes of a group.
+        written: Labels of axes that make units, some of which also read them.
         fixed_sizes: Sizes at which axes became fixed, and the module in which they did.
     """
 
@@ -96,6 +99,11 @@ class Proposal:
         layouts = self._layouts(sizes)
         self.groups, self.options = self._make_groups(layouts)
         self.mixing = self._mixing()
+        self.written = {
+            f"{tensor}[{dim}]"
+            for (tensor, dim), raw in seen.symbols.items()
+            if raw in seen.produced or seen.roles.get(raw) == "produced"
+        }
 
     def varies(self, key: tuple[str, int]) -> bool:
         """Return whether an axis is in a group."""
@@ -249,6 +257,16 @@ class Proposal:
                 if symbol in self.units:
                     mixing.setdefault(self.units[symbol].group, reason)
         return mixing
+
+    def norms(self) -> dict[str, list[str]]:
+        """Return the modules that average over the units of a group, by the name of the group."""
+        found: dict[str, dict[str, None]] = {}
+        for expr, reason in self.seen.mixing:
+            for symbol in self.solution(expr).free_symbols:
+                where = _QUOTED.findall(reason)
+                if symbol in self.units and where and where[-1] in self.subject.modules:
+                    found.setdefault(self.units[symbol].group, {})[where[-1]] = None
+        return {name: list(paths) for name, paths in found.items()}
 
 
 def _choices(options: Sequence[Sequence[Layout]]) -> Iterator[tuple[Layout, ...]]:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_grow.structure.axes import AxisGroup, Block, Layout, Stack, Structure, Units
 from lightning_grow.structure.errors import StructureError
+from lightning_grow.structure.exact import with_exact_recipes
 from lightning_grow.structure.holders import Holders
 from lightning_grow.structure.modules import bookkeeping
 from lightning_grow.structure.observe import Bound, Trace
@@ -335,6 +336,7 @@ class _Tracer:
         chosen, reasons = choose_layouts(trials, [trials.cut(g) for g in proposal.groups], options)
         judged, more = judge(trials, chosen, proposal.mixing)
         reasons |= more
+        judged = with_exact_recipes(trials, judged, proposal.norms(), proposal.written)
         full = {g.name: g.size for g in proposal.groups}
         judged = [replace(g, size=full[g.name]) for g in judged]
         groups, pinned = _without(judged, proposal.groups, reasons)

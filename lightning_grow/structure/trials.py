@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_grow.structure.axes import AxisGroup, layout_length, layout_units
+from lightning_grow.structure.axes import AxisGroup, Padding, layout_length, layout_units
 from lightning_grow.structure.layout import entry_index, entry_share
 from lightning_grow.structure.sandbox import cast_states, plain_layers, set_size, swap_in, tensors_in, unchanged
 from lightning_grow.structure.states import is_state
@@ -50,6 +50,7 @@ class Trials:
         train: Whether to run in train mode as well; a model that is in train mode is run there in any case.
 
     Attributes:
+        model: The model.
         sizes: Units of each group in the miniature.
         written: Tensors that the model itself writes to when it runs.
 
@@ -67,7 +68,7 @@ class Trials:
         *,
         train: bool = False,
     ) -> None:
-        self._model, self._call = model, call
+        self.model, self._call = model, call
         self._named = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
         unknown = [n for n, t in self._named.items() if t.device.type == "meta" and not _is_number(t)]
         if unknown:
@@ -147,7 +148,7 @@ class Trials:
         tensors.update({n: perturbed(n, tensors[n], strength) for n in sorted(in_groups)})
         tensors = {n: t.clone() if t is self._named[n] else t for n, t in tensors.items()}
         versions = {n: t._version for n, t in tensors.items()}
-        parameters = dict(self._model.named_parameters())
+        parameters = dict(self.model.named_parameters())
         buffers = {n: t.clone() for n, t in tensors.items() if n not in parameters}
         train, self._train = self._train, {}
         reference = self.run(tensors, {})
@@ -188,7 +189,7 @@ class Trials:
             with _InDouble() if self._keep else contextlib.nullcontext():  # type: ignore[no-untyped-call]
                 output = self._call(*args, **kwargs)
                 if self._train:  # what only that mode runs must run too
-                    for module in self._model.modules():
+                    for module in self.model.modules():
                         module.__dict__["training"] = self._train.get(id(module), True)
                     self._call(*args, **kwargs)
             return [t if grad else t.detach().clone() for t in tensors_in(output) if _is_number(t)]
@@ -198,17 +199,17 @@ class Trials:
         """Let the model have other tensors, and be in eval mode; yields the arguments of the call."""
         units = {n: torch.arange(size) for n, size in self.sizes.items()} | dict(index)  # the first ones of the model's
         sizes = {n: len(i) for n, i in units.items()}
-        with unchanged(self._model), plain_layers():
-            for module in self._model.modules():
+        with unchanged(self.model), plain_layers():
+            for module in self.model.modules():
                 module.__dict__["training"] = False
-            swap_in(self._model, tensors)
+            swap_in(self.model, tensors)
             if self._dtype is not None:
-                cast_states(self._model, self._dtype)
+                cast_states(self.model, self._dtype)
             for attribute in self._attributes:
                 if is_state(attribute.name):
-                    set_size(self._model, attribute, entry_index(attribute.layout, self._full, units))
+                    set_size(self.model, attribute, entry_index(attribute.layout, self._full, units))
                 elif any(sizes[n] != self._full[n] for n in layout_units(attribute.layout)):
-                    set_size(self._model, attribute, layout_length(attribute.layout, sizes))
+                    set_size(self.model, attribute, layout_length(attribute.layout, sizes))
             torch.manual_seed(0)
             yield self._cast((self._args, self._kwargs))
 
@@ -237,6 +238,31 @@ class Trials:
                 tensor = tensor * factor.to(tensor).reshape([-1 if d == axis.dim else 1 for d in range(tensor.ndim)])
             tensors[axis.tensor] = tensor
         return tensors
+
+    def padded(self, group: AxisGroup, padding: Padding, num_units: int) -> list[Tensor]:
+        """Return the outputs after units are added in a way that norms do not show."""
+        index = torch.cat([torch.arange(group.size), torch.full((num_units,), -1)])
+        ratio = group.size / len(index)
+        tensors = self._resized_tensors([group], {group.name: index}, {group.name: torch.ones(len(index))})
+        generator = torch.Generator().manual_seed(0)
+        for axis in sorted(group.axes, key=lambda axis: axis.role == "consumed"):
+            tensor = tensors[axis.tensor].movedim(axis.dim, 0).clone()
+            new = entry_index(axis.layout, self.sizes, {group.name: index}) < 0
+            if axis.label in padding.written:
+                fill = tensor[~new].mean(0) if padding.fill == "mean" else torch.zeros(())
+            elif axis.label in padding.shifts or (axis.role == "consumed" and padding.silent):
+                fill = torch.zeros(())
+            else:
+                fill = torch.randn(tensor[new].shape, generator=generator, dtype=torch.float64)
+            tensor[new] = fill.to(tensor).expand_as(tensor[new])
+            if axis.label in padding.gains:
+                tensor[~new] *= ratio**0.5
+            tensors[axis.tensor] = tensor.movedim(0, axis.dim)
+        with unchanged(self.model):
+            for path, name in padding.eps:
+                module = self.model.get_submodule(path)
+                module.__dict__[name] = eps_of(module, name, self._dtype) * ratio
+            return self.run(tensors, {group.name: index})
 
     def learns(self, group: AxisGroup, index: Tensor, share: Tensor) -> bool:
         """Return whether the silenced entries of new units receive a gradient."""
@@ -316,6 +342,18 @@ def _few_examples(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tu
         return arguments
     cut: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, lambda t: t[:_EXAMPLES], arguments)
     return cut
+
+
+def eps_of(module: nn.Module, name: str, dtype: torch.dtype | None = None) -> float:
+    """Return the number that keeps a norm from dividing by zero; where it is None, that of its type.
+
+    Example:
+        >>> eps_of(nn.LayerNorm(3), "eps"), eps_of(nn.RMSNorm(3), "eps") == torch.finfo(torch.float32).eps
+        (1e-05, True)
+    """
+    value = getattr(module, name)
+    own = next((p.dtype for p in module.parameters(recurse=False)), torch.float32)
+    return float(torch.finfo(dtype or own).eps if value is None else value)
 
 
 def with_values(tensor: Tensor) -> Tensor:

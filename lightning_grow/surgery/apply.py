@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from lightning_grow.structure.axes import Attribute, Axis, Layout, Units, layout_length, layout_units, tensor_of
 from lightning_grow.structure.errors import StructureError
+from lightning_grow.structure.holders import Step
 from lightning_grow.structure.layout import entry_index
+from lightning_grow.structure.trials import eps_of
 from lightning_grow.surgery.attributes import Change, described, kept_states
 from lightning_grow.surgery.edit import Edit
 from lightning_grow.surgery.fill import edited
@@ -119,7 +121,7 @@ def plan_model(model: nn.Module, edits: Iterable[Edit]) -> ModelPlan:
         key = (axis.dim, axis.role, axis.layout)
         if key not in maps:
             maps[key] = axis_map(axis.dim, axis.role, axis.layout, sizes, of_axis)
-        m = _with_values(maps[key], axis, tensor, sizes, of_axis)
+        m = _padded(_with_values(maps[key], axis, tensor, sizes, of_axis), axis, of_axis)
         if m.is_identity(tensor.shape[axis.dim]):
             continue
         planned = tensors.get(id(tensor), PlannedTensor(axis.tensor, tensor, (), _is_mask(model, axis.tensor)))
@@ -133,7 +135,39 @@ def plan_model(model: nn.Module, edits: Iterable[Edit]) -> ModelPlan:
         return entry_index(attribute.layout, sizes, index) if fits else None
 
     changes = [*described(model, attributes, sizes, new_sizes), *kept_states(model, attributes, entries)]
+    changes += _corrected_eps(model, by_group.values())
     return ModelPlan(tuple(tensors.values()), tuple(changes))
+
+
+def _padded(m: AxisMap, axis: Axis, edits: Mapping[str, Edit]) -> AxisMap:
+    """Return the map with what an edit does so that norms do not show its new units."""
+    padded = [edit for edit in edits.values() if edit.padding is not None]
+    if not padded:
+        return m
+    if len(edits) > 1:
+        raise ValueError(
+            f"Axis {axis.label} depends on the groups {', '.join(edits)}; widen them in one call after the other, to "
+            "preserve the function under norms."
+        )
+    edit, padding = padded[0], padded[0].padding
+    assert padding is not None
+    gain = edit.ratio**0.5 if axis.label in padding.gains else 1.0
+    if axis.label in padding.written:
+        return replace(m, fill=padding.fill, gain=gain)
+    if axis.label in padding.shifts or (axis.role == "consumed" and padding.silent):
+        return replace(m, fill="zeros", gain=gain)
+    return replace(m, fill="random" if axis.role == "consumed" else "default", gain=gain)
+
+
+def _corrected_eps(model: nn.Module, edits: Iterable[Edit]) -> list[Change]:
+    """Return the changes of the numbers that keep norms from dividing by zero, where edits want them to follow."""
+    changes: dict[tuple[str, str], Change] = {}
+    for edit in edits:
+        for path, name in edit.padding.eps if edit.padding is not None else ():
+            module = model.get_submodule(path)
+            before = changes[path, name].value if (path, name) in changes else eps_of(module, name)
+            changes[path, name] = Change(module, Step(name, False), before * edit.ratio)
+    return list(changes.values())
 
 
 def _is_mask(model: nn.Module, name: str) -> bool:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_grow.structure.axes import AxisGroup
+from lightning_grow.structure.axes import AxisGroup, Padding
+from lightning_grow.structure.errors import StructureError
 
 _SMALLER_SHARE = (0.3, 0.45)
 """Range of the smaller fan-out share after a split: never one half, because exact twins never part again."""
@@ -32,6 +33,7 @@ class Edit:
         seed: Seeds the default values of new entries: equal on all ranks, and independent of torch's global state.
         parents: For each unit after the edit, the unit from whose fan-out a new one was given its share, or -1; empty
             where no new unit was given any. It tells what is handed back when the edit is shortened.
+        padding: How norms that average over the units are kept from showing the new ones; None: they are not.
 
     Raises:
         ValueError: If the edit copies a unit that does not exist, leaves no unit, violates ``group.step``, has not as
@@ -53,6 +55,7 @@ class Edit:
     values: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     parents: tuple[int, ...] = ()
+    padding: Padding | None = None
 
     def __post_init__(self) -> None:
         name, size = self.group.name, self.group.size
@@ -86,6 +89,11 @@ class Edit:
             raise ValueError(f"Values are given for group '{self.group.name}', but the edit adds no new unit to it.")
 
     @property
+    def ratio(self) -> float:
+        """Units before the edit over units after it."""
+        return self.group.size / len(self.index)
+
+    @property
     def new_size(self) -> int:
         """The number of units after the edit."""
         return len(self.index)
@@ -110,11 +118,17 @@ def widen(
     generator: torch.Generator | None = None,
     *,
     values: Mapping[str, Tensor] | None = None,
+    preserve: bool = False,
 ) -> Edit:
     """Append new units, silent at first: their fan-out weights are zero.
 
     The function is preserved exactly where ``group.obstacle`` is None. Fan-in weights are random, so that the units
     differ and learn as soon as their fan-out has moved.
+
+    Where a norm averages over the units, silent ones change what it returns. Whole multiples of the units are then
+    added as copies, if that keeps the function (``group.copies``); and with ``preserve`` any number is added by
+    ``group.padding``: the new units are zero, or the mean of the others, and the norms' gains and eps make up for it.
+    The present gains and eps change then, so that pruning the new units is not the exact inverse.
 
     Args:
         group: The group to widen.
@@ -122,12 +136,14 @@ def widen(
         generator: Draws the seed of the new entries; by default it follows from the group's name and sizes. The
             global random state is never touched.
         values: New entries by axis label, see `Edit.values`; default values for axes that are not named.
+        preserve: Refuse what does not keep the function, and use ``group.padding`` where that does.
 
     Returns:
         An edit which appends ``num_units`` units.
 
     Raises:
         ValueError: If ``num_units`` is below 1 or violates ``group.step``, or ``values`` names an unknown axis.
+        StructureError: If ``preserve`` is asked for and not possible.
         TypeError: If ``num_units`` is not a whole number.
 
     Example:
@@ -141,7 +157,20 @@ def widen(
     if num_units < 1:
         raise ValueError(f"num_units must be at least 1 to widen group '{group.name}', but is {num_units}.")
     index = (*range(group.size), *(-1,) * num_units)
-    return Edit(group, index, values=dict(values or {}), seed=_seed("widen", group, len(index), generator))
+    seed = _seed("widen", group, len(index), generator)
+    if group.obstacle is None or values:
+        return Edit(group, index, values=dict(values or {}), seed=seed)
+    if group.copies and num_units % group.size == 0:
+        times = num_units // group.size
+        share = (1.0,) * group.size + (0.0,) * num_units
+        return Edit(group, tuple(range(group.size)) * (times + 1), share, seed=seed)
+    if preserve and group.padding is None:
+        hint = f" Whole multiples of {group.size} units do." if group.copies else ""
+        raise StructureError(
+            f"Adding {num_units} units to '{group.name}' does not keep the function: {group.obstacle}.{hint} Pass "
+            "preserve=False to allow it, or exclude the group."
+        )
+    return Edit(group, index, seed=seed, padding=group.padding if preserve else None)
 
 
 def split(group: AxisGroup, units: Iterable[int], generator: torch.Generator | None = None) -> Edit:

@@ -9,7 +9,8 @@
 | carried, one entry for each place of a unit (norm weight, running statistics) | the mean of the existing units |
 | carried, whole kernels (depthwise) | normal, with mean and standard deviation of the existing entries |
 
-Where new entries lie on two axes, consumed zeros win, then the later axis.
+Under a norm that averages over the units, an edit may ask for other values (`Padding`). Where new entries lie on two
+axes, consumed zeros win, then the later axis.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def edited(tensor: Tensor, name: str, maps: tuple[AxisMap, ...], is_mask: bool =
     for m in maps:
         if m.role == "consumed" and m.share is not None:
             scale_(out, m, m.share)
+        if m.gain != 1:
+            scale_(out, m, m.gains)
     if out.is_meta:
         return out
     for m in sorted(maps, key=lambda m: (m.role == "consumed", m.dim)):
@@ -117,7 +120,11 @@ def write_new_(out: Tensor, m: AxisMap, values: Tensor) -> None:
 def _fill_(out: Tensor, tensor: Tensor, label: str, m: AxisMap) -> None:
     """Set the new entries along one axis to their default values."""
     is_number = out.is_floating_point() or out.is_complex()
-    if m.role == "consumed" or not (is_number or out.dtype == torch.bool):
+    if m.fill == "mean" and out.is_floating_point():
+        fill_mean_(out, m, tensor)
+    elif m.fill == "random" and is_number:
+        _fill_normal_(out, tensor, label, m)
+    elif m.fill == "zeros" or m.role == "consumed" or not (is_number or out.dtype == torch.bool):
         write_new_(out, m, out.new_zeros(()))
     elif out.dtype == torch.bool or (m.role == "carried" and _is_vector(tensor, m.dim)):
         fill_mean_(out, m, tensor)
@@ -141,11 +148,11 @@ def _keep_padding_(out: Tensor, m: AxisMap) -> None:
 
 def _fill_normal_(out: Tensor, tensor: Tensor, label: str, m: AxisMap) -> None:
     mean, std = _moments(tensor)
-    if m.role != "produced":
+    if m.role == "carried":
         std = std if math.isfinite(std) else 0.0
     elif not (math.isfinite(std) and std > 0):
         std = (tensor.numel() / tensor.shape[m.dim]) ** -0.5
-    mean = 0.0 if m.role == "produced" else mean
+    mean = mean if m.role == "carried" else 0.0
     generator = torch.Generator().manual_seed(m.seed ^ zlib.crc32(label.encode()))
     shape = [m.new_entries.numel() if d == m.dim else n for d, n in enumerate(out.shape)]
     new = [(start, length) for start, source, length in m.segments if source < 0]

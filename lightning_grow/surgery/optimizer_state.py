@@ -308,12 +308,16 @@ class _Follow:
         for m in maps:
             if m.share is not None and m.role != "consumed" and kind.power:
                 scale_(out, m, m.share**kind.power)
+            if m.gain != 1 and kind.power:
+                scale_(out, m, m.gains**-kind.power)  # what is multiplied by a gain has a gradient divided by it
         return out
 
     def _weight_copy(self, out: Tensor, maps: tuple[AxisMap, ...], scale: float) -> Tensor:
         for m in maps:
             if m.share is not None and m.role == "consumed":
                 scale_(out, m, m.share)
+            if m.gain != 1:
+                scale_(out, m, m.gains)
         if out.shape == self._plan.value.shape:
             for m in maps:
                 if m.has_new:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class AxisMap:
             the gate: int64 ``(new_length,)``, or None when all units have one entry in one block.
         seed: Seeds the default values of new entries.
         values: Given values of new entries; the others get default values.
+        gain: What present entries are multiplied by.
+        fill: What new entries are: ``"default"`` values, ``"zeros"``, the ``"mean"`` of the others, or ``"random"``.
     """
 
     dim: int
@@ -54,6 +57,8 @@ class AxisMap:
     place: Tensor | None = None
     seed: int = 0
     values: tuple[NewValues, ...] = ()
+    gain: float = 1.0
+    fill: Literal["default", "zeros", "mean", "random"] = "default"
 
     @cached_property
     def segments(self) -> tuple[tuple[int, int, int], ...]:
@@ -65,6 +70,11 @@ class AxisMap:
         starts = [0, *breaks.tolist()]
         ends = [*starts[1:], index.numel()]
         return tuple((s, int(index[s]), e - s) for s, e in zip(starts, ends, strict=True) if e > s)
+
+    @property
+    def gains(self) -> Tensor:
+        """What each entry after the edit is multiplied by: float64 ``(new_length,)``, 1 for new ones."""
+        return torch.where(self.index >= 0, torch.tensor(self.gain, dtype=torch.float64), 1.0)
 
     @cached_property
     def new_entries(self) -> Tensor:
@@ -78,7 +88,7 @@ class AxisMap:
 
     def is_identity(self, old_length: int) -> bool:
         """Return whether the axis, of this length before the edit, stays as it is."""
-        return self.share is None and self.segments == ((0, 0, old_length),)
+        return self.share is None and self.gain == 1 and self.segments == ((0, 0, old_length),)
 
     def shaped(self, vector: Tensor, ndim: int) -> Tensor:
         """Return a vector along this axis, shaped so that it broadcasts over a tensor of ``ndim`` dimensions."""
@@ -109,7 +119,7 @@ class TensorPlan:
             kept = (m.index >= 0).nonzero().flatten()
             back = torch.full((self.old_shape[m.dim],), -1)
             back[m.index[kept]] = kept
-            if m.share is not None or bool((back < 0).any()):
+            if m.share is not None or m.gain != 1 or bool((back < 0).any()):
                 return None
             inverse.append(AxisMap(m.dim, m.role, back))
         return tuple(inverse)
