@@ -208,7 +208,7 @@ class Holders:
 
     def own(self, path: str) -> list[tuple[Place, int]]:
         """Return the integers above 1 that a module keeps as attributes, also inside tuples and lists."""
-        return [(place, value) for place, value in self.integers(path) if place[0] == path and _is_own(place[1])]
+        return [(place, value) for place, value in self.integers(path) if place[0] == path and is_own(place[1])]
 
     def integers(self, path: str) -> list[tuple[Place, int]]:
         """Return `own` and the integers in objects that the module holds, but for those that nothing has read."""
@@ -305,7 +305,13 @@ class Holders:
 _QUICK = frozenset({float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, Tensor})
 
 
-def _is_own(name: str) -> bool:
+def is_own(name: str) -> bool:
+    """Return whether a place is an attribute of the module itself, or an entry of a tuple or list that is one.
+
+    Example:
+        >>> is_own("width"), is_own("config.width")
+        (True, False)
+    """
     return "." not in name and "[" not in name
 
 

@@ -71,7 +71,7 @@ class Trace:
         looked_up: Raw symbols of axes along which an operator looks entries up by their index.
         produced: Raw symbols of axes that make units somewhere, whatever else they do (a tied embedding reads them).
         opaque: Sizes that go into modules that cannot be traced, and which.
-        repeated: Whether a block was taken for another.
+        repeated: Modules that were taken for others.
     """
 
     symbols: dict[tuple[str, int], Expr] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Trace:
     looked_up: set[Expr] = field(default_factory=set)
     produced: set[Expr] = field(default_factory=set)
     opaque: list[tuple[Expr, str]] = field(default_factory=list)
-    repeated: bool = False
+    repeated: set[str] = field(default_factory=set)
 
 
 Mark = tuple[int, ...]

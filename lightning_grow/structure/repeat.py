@@ -7,7 +7,7 @@ written down once more with the new block's symbols, and outputs of the right si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, Protocol
@@ -115,14 +115,14 @@ class Repeats:
         self._seen: dict[Hashable, _Seen] = {}
         self._inside: dict[int, list[torch.SymInt]] = {}
 
-    def install(self, model: nn.Module) -> None:
-        """Replace the forward of the modules inside a model. Use inside `unchanged`."""
+    def install(self, model: nn.Module, singly: Collection[str] = ()) -> None:
+        """Replace the forward of the modules inside a model, but for those of these names. Use inside `unchanged`."""
         for value in held(model.modules()):
             sizes = [size for _, size in contents(value) if isinstance(size, torch.SymInt)]
             if sizes:
                 self._inside[id(value)] = sizes
         for path, module in model.named_modules():
-            if path and any(True for _ in module.parameters()):
+            if path and path not in singly and any(True for _ in module.parameters()):
                 module.__dict__["forward"] = self._wrapped(path, module, module.forward)
 
     def _wrapped(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -202,7 +202,7 @@ class Repeats:
     def _again(self, first: _Seen, path: str, call: _Call) -> Any:
         symbols = dict(zip(first.raw, call.raw, strict=True)) | dict(zip(first.symbols, call.symbols, strict=True))
         symbols = {a: b for a, b in symbols.items() if a.is_Symbol}
-        self._observer.trace.repeated = True
+        self._observer.trace.repeated.add(path)
         self._observer.repeat(first.start, first.end, symbols, (first.path, path))
         used = self._observer.trace.used
         used |= {mine for theirs, mine in zip(first.tensors, call.tensors, strict=True) if theirs in used}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -259,7 +259,7 @@ def run(
     replay: Sequence[Any] | None = None,
     opaque: Mapping[str, Sequence[Any]] | None = None,
     *,
-    repeats: bool = True,
+    singly: Collection[str] = (),
 ) -> Trace:
     """Run ``call`` once with symbolic sizes and return what was seen.
 
@@ -274,7 +274,7 @@ def run(
         inputs: Tensors that the call closes over: fixed sizes, and known as the model's input.
         opaque: Modules that are not run, with what they returned on data (`record_outputs`).
         replay: What the model reads from tensors, as `record` returned it; None if it is not to read any.
-        repeats: Whether to run blocks that are like others once only.
+        singly: Modules that are run each; others are not run again where they are like one that was run.
 
     Raises:
         UntraceableError: If the model raises. The model is unchanged then, too.
@@ -297,10 +297,10 @@ def run(
         stack.enter_context(unchanged(model))
         swap_in(model, fakes)
         _bind(model, mode, fakes, bound, trace)
-        if repeats:
-            Repeats(observer, mode).install(model)
+        Repeats(observer, mode).install(model, singly)
         for path, outputs in (opaque or {}).items():
             model.get_submodule(path).__dict__["forward"] = _opaque(path, outputs, observer)
+        stack.enter_context(_whole_sizes())
         stack.enter_context(_watched(model, observer))
         stack.enter_context(plain_kernels())
         stack.enter_context(_Probing(mode))
@@ -350,6 +350,17 @@ def _symbolic(mode: _Mode, name: str, tensor: Tensor, static: Sequence[int]) -> 
     device = "cpu" if tensor.is_meta else tensor.device
     with mode:
         return torch.empty(shape, dtype=tensor.dtype, device=device)
+
+
+@contextlib.contextmanager
+def _whole_sizes() -> Iterator[None]:
+    """Let sizes be copied as the numbers that they stand for: a copied configuration does not copy the engine."""
+    kind: Any = torch.SymInt
+    kind.__deepcopy__ = lambda size, _memo: size
+    try:
+        yield
+    finally:
+        del kind.__deepcopy__
 
 
 @contextlib.contextmanager

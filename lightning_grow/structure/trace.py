@@ -7,8 +7,9 @@ counts (`verify`). No rule per operator, no change to the model, no gradient.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 from lightning_grow.structure.axes import AxisGroup, Block, Layout, Stack, Structure, Units
 from lightning_grow.structure.errors import StructureError
 from lightning_grow.structure.exact import with_exact_recipes
-from lightning_grow.structure.holders import Holders
+from lightning_grow.structure.holders import Holders, is_own
 from lightning_grow.structure.modules import bookkeeping
 from lightning_grow.structure.observe import Bound, Trace
 from lightning_grow.structure.proposal import Proposal, Subject
@@ -33,6 +34,7 @@ from lightning_grow.structure.verify import choose_layouts, judge
 log = logging.getLogger(__name__)
 
 _MOST_KINDS = 6
+_MOST_HELD = 3
 _PRETENDED = 3
 
 Expr = Any  # a sympy expression; sympy ships no types
@@ -108,13 +110,13 @@ class _Tracer:
         self.trials: Trials | None = None
         self.opaque: dict[str, list[Any]] = {}
         self.modes: tuple[bool | None, ...] = (None,)
-        self.repeats = True
+        self.singly: set[str] = set()
 
     def structure(self) -> Structure:
         groups, pinned, doubtful = self._found()
         if doubtful:
             # Blocks may look alike and behave differently, by their position or what hooks do: look at each of them.
-            trials, self.repeats = self.trials, False
+            trials, self.singly = self.trials, doubtful
             others, still, _ = self._found()
             if len(still) < len(pinned):
                 groups, pinned = others, still
@@ -130,14 +132,14 @@ class _Tracer:
         with self.trials.miniature() as (args, kwargs):
             return find_stacks(self.model, self.call, args, kwargs, self.trials.written)
 
-    def _found(self) -> tuple[dict[str, AxisGroup], dict[str, str], bool]:
-        """Return groups and pinned axes, and whether tracing repeated blocks once may have hidden something."""
+    def _found(self) -> tuple[dict[str, AxisGroup], dict[str, str], set[str]]:
+        """Return groups and pinned axes, and modules about which tracing repeated blocks once may hide something."""
         bound = self._kept_by_torch() | self._own_sizes()
         proposal = self._in_both_modes(self._propose(bound), bound)
         proposal = self._freed(proposal, bound)
         groups, pinned = self._verified(proposal)
-        doubtful = self.repeats and proposal.seen.repeated and bool(pinned or proposal.unused)
-        return groups, proposal.pinned | pinned, doubtful
+        tensors = [*proposal.unused, *(label.rpartition("[")[0] for label in pinned)]
+        return groups, proposal.pinned | pinned, _taken_for_others(tensors, proposal.seen.repeated)
 
     def _in_both_modes(self, proposal: Proposal, bound: Mapping[Bound, Source]) -> Proposal:
         """Return what is found in eval and train mode together, if parameters are used in one of them only."""
@@ -227,7 +229,7 @@ class _Tracer:
 
         def attempt() -> Trace:
             closed = (self.replay, self.opaque)
-            return run(self.model, call, self._static, bound, narrow, tensors, *closed, repeats=self.repeats)
+            return run(self.model, call, self._static, bound, narrow, tensors, *closed, singly=self.singly)
 
         try:
             return attempt()
@@ -278,8 +280,9 @@ class _Tracer:
     def _sizes_that_pin(self, proposal: Proposal, bound: Mapping[Bound, Source]) -> list[dict[Bound, Source]]:
         """Return integers of modules that may be why axes are fixed, in the order in which to let them vary.
 
-        First all those that equal a fixed size, where it became fixed or in a module around it, then one kind of them
-        after the other, then those that divide one (heads, of which a fixed number makes a width).
+        First all those that equal a fixed size, where it became fixed or in a module around it; then one kind after
+        the other of those that divide one (heads, of which a fixed number makes a width), those that the module itself
+        keeps before those in objects that it holds.
         """
         equal: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
         dividing: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
@@ -299,9 +302,10 @@ class _Tracer:
                     break
                 path = path.rpartition(".")[0]
         kinds = sorted(dividing.values(), key=lambda kind: min(v for v in kind.values() if isinstance(v, int)))
+        own = [kind for kind in kinds if all(is_own(name) for _, name, _ in kind)]
+        held = [kind for kind in kinds if kind not in own]
         together = {key: value for kind in equal.values() for key, value in kind.items()}
-        single = list(equal.values()) if len(equal) > 1 else []
-        return ([together] if together else []) + single[:_MOST_KINDS] + kinds[:_MOST_KINDS]
+        return ([together] if together else []) + own[:_MOST_KINDS] + held[:_MOST_HELD]
 
     def _freed(self, proposal: Proposal, bound: dict[Bound, Source]) -> Proposal:
         """Return the proposal with sizes kept in Python varying as well, where the model still runs and that helps."""
@@ -314,6 +318,7 @@ class _Tracer:
                 other = Proposal(self.subject, self._run(bound | freed, self.narrow))
             except UntraceableError as error:
                 log.debug("sizes kept in Python stay fixed: %s", error)
+                trials = _kind_by_kind(freed) + trials  # one of them may be no size at all
                 continue
             if len(other.pinned) < len(proposal.pinned):
                 proposal, bound = other, bound | freed
@@ -349,6 +354,24 @@ class _Tracer:
             groups, more = _without([g for g in groups if g.name not in ends], groups, ends)
             pinned |= more
         return {g.name: g for g in groups}, pinned
+
+
+def _kind_by_kind(bound: Mapping[Bound, Source]) -> list[dict[Bound, Source]]:
+    """Return sizes kept in Python sorted by their name; none if they all have one."""
+    kinds: dict[tuple[str, int | None], dict[Bound, Source]] = {}
+    for (path, name, index), source in bound.items():
+        kinds.setdefault((name, index), {})[path, name, index] = source
+    return list(kinds.values())[:_MOST_KINDS] if len(kinds) > 1 else []
+
+
+def _taken_for_others(tensors: Iterable[str], repeated: Collection[str]) -> set[str]:
+    """Return the modules that lead to some tensors, from one that was taken for another down."""
+    found: set[str] = set()
+    for tensor in tensors:
+        above = list(itertools.accumulate(tensor.split(".")[:-1], lambda path, name: f"{path}.{name}"))
+        first = next((i for i, path in enumerate(above) if path in repeated), len(above))
+        found |= set(above[first:])
+    return found
 
 
 def _without(
