@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests import zoo_blocks, zoo_convolutions, zoo_hostile, zoo_sequences
+from tests import zoo_blocks, zoo_convolutions, zoo_habits, zoo_hostile, zoo_sequences
 from tests.zoo_entry import ZOO, Entry, Model, Width, entry, normal, weight
 
-__all__ = ["ZOO", "Entry", "Width", "zoo_blocks", "zoo_convolutions", "zoo_hostile", "zoo_sequences"]
+__all__ = ["ZOO", "Entry", "Width", "zoo_blocks", "zoo_convolutions", "zoo_habits", "zoo_hostile", "zoo_sequences"]
 
 
 @entry(

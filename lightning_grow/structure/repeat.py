@@ -41,6 +41,7 @@ class _Seen:
 
     path: str
     tensors: list[str]
+    names: list[str]
     symbols: list[Expr]
     raw: list[Expr]
     start: Mark
@@ -59,6 +60,7 @@ class _Call:
     symbols: list[Expr] = field(default_factory=list)
     raw: list[Expr] = field(default_factory=list)
     tensors: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
 
     def size(self, size: Any, own: bool = False) -> None:
@@ -127,7 +129,9 @@ class Repeats:
                 read = self._engine.position - position
                 found = [o for o in outputs if o is not None]
                 end = self._observer.mark()
-                self._seen[key] = _Seen(path, mine.tensors, mine.symbols, mine.raw, start, end, read, found, spec)
+                self._seen[key] = _Seen(
+                    path, mine.tensors, mine.names, mine.symbols, mine.raw, start, end, read, found, spec
+                )
             return out
 
         return call
@@ -144,6 +148,7 @@ class Repeats:
                 call.key.append(id(inner))  # hooks may do anything
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             call.key.append((name, tensor.dtype))
+            call.names.append(name)
             call.tensors.append(self._observer.owner.get(tensor, ""))
             for size in tensor.shape:
                 call.size(size, own=True)
@@ -186,7 +191,7 @@ class Repeats:
     def _again(self, first: _Seen, path: str, call: _Call) -> Any:
         symbols = dict(zip(first.raw, call.raw, strict=True)) | dict(zip(first.symbols, call.symbols, strict=True))
         symbols = {a: b for a, b in symbols.items() if a.is_Symbol}
-        self._observer.trace.repeated = True
+        self._observer.trace.repeated |= {f"{path}.{name}" for name in first.names}
         self._observer.repeat(first.start, first.end, symbols, (first.path, path))
         used = self._observer.trace.used
         used |= {mine for theirs, mine in zip(first.tensors, call.tensors, strict=True) if theirs in used}

@@ -30,6 +30,8 @@ from lightning_grow.structure.verify import choose_layouts, judge
 log = logging.getLogger(__name__)
 
 _MOST_KINDS = 6
+_MOST_PAIRS = 3
+_MOST_TRIALS = 12
 _PRETENDED = 3
 
 Expr = Any  # a sympy expression; sympy ships no types
@@ -118,8 +120,8 @@ class _Tracer:
         proposal = self._in_both_modes(self._propose(bound), bound)
         proposal = self._freed(proposal, bound)
         groups, pinned = self._verified(proposal)
-        doubtful = self.repeats and proposal.seen.repeated and bool(pinned or proposal.unused)
-        return groups, proposal.pinned | pinned, doubtful
+        doubtful = {*proposal.unused, *(label.rpartition("[")[0] for label in pinned)} & proposal.seen.repeated
+        return groups, proposal.pinned | pinned, bool(doubtful)
 
     def _in_both_modes(self, proposal: Proposal, bound: Mapping[Bound, Source]) -> Proposal:
         """Return what is found in eval and train mode together, if parameters are used in one of them only."""
@@ -261,8 +263,9 @@ class _Tracer:
     def _sizes_that_pin(self, proposal: Proposal, bound: Mapping[Bound, Source]) -> list[dict[Bound, Source]]:
         """Return integers of modules that may be why axes are fixed, in the order in which to let them vary.
 
-        First all those that equal a fixed size, where it became fixed or in a module around it, then one kind of them
-        after the other, then those that divide one (heads, of which a fixed number makes a width).
+        First all those that equal a fixed size, where it became fixed or in a module around it; then these with one
+        kind of those that divide one (heads, of which a fixed number makes a width), and these without one kind; then
+        one kind after the other.
         """
         equal: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
         dividing: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
@@ -285,7 +288,12 @@ class _Tracer:
         kinds = sorted(dividing.values(), key=lambda kind: min(v for v in kind.values() if isinstance(v, int)))
         together = {key: value for kind in equal.values() for key, value in kind.items()}
         single = list(equal.values()) if len(equal) > 1 else []
-        return ([together] if together else []) + single[:_MOST_KINDS] + kinds[:_MOST_KINDS]
+        both = [together | kind for kind in kinds[:_MOST_PAIRS]] if together else []
+        without = [
+            {k: v for k, v in together.items() if k not in kind} for kind in single[:_MOST_PAIRS] if len(single) > 2
+        ]
+        trials = ([together] if together else []) + both + without + single[:_MOST_KINDS] + kinds[:_MOST_KINDS]
+        return trials[:_MOST_TRIALS]
 
     def _freed(self, proposal: Proposal, bound: dict[Bound, Source]) -> Proposal:
         """Return the proposal with sizes kept in Python varying as well, where the model still runs and that helps."""
