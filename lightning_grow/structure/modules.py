@@ -57,7 +57,9 @@ def bookkeeping(module: nn.Module) -> list[Kept]:
     if isinstance(module, _NORMS) and module.weight is not None:
         return [Kept("normalized_shape", i, "weight", i) for i in range(module.weight.ndim)]
     if isinstance(module, nn.GroupNorm) and module.weight is not None:
-        return [Kept("num_channels", None, "weight", 0)]
+        # As many groups as channels normalise each channel by itself.
+        names = ["num_channels", "num_groups"] if module.num_groups == module.num_channels else ["num_channels"]
+        return [Kept(name, None, "weight", 0) for name in names]
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return [Kept("num_embeddings", None, "weight", 0), Kept("embedding_dim", None, "weight", 1)]
     if isinstance(module, nn.PReLU):

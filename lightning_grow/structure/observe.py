@@ -39,6 +39,7 @@ _SPLITS = {
     "unsafe_split_with_sizes",
     "tensor_split",
 }
+_REDUCTIONS = {"sum", "mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "linalg_vector_norm", "norm"}
 _NAMES_OF_MIXING = {
     "native_layer_norm": "LayerNorm averages over this axis",
     "native_group_norm": "GroupNorm averages over groups of this axis",
@@ -72,6 +73,7 @@ class Trace:
         produced: Raw symbols of axes that make units somewhere, whatever else they do (a tied embedding reads them).
         opaque: Sizes that go into modules that cannot be traced, and which.
         repeated: Modules that were taken for others.
+        from_input: Raw symbols that became constants where they met the model's input.
     """
 
     symbols: dict[tuple[str, int], Expr] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class Trace:
     produced: set[Expr] = field(default_factory=set)
     opaque: list[tuple[Expr, str]] = field(default_factory=list)
     repeated: set[str] = field(default_factory=set)
+    from_input: set[Expr] = field(default_factory=set)
 
 
 Mark = tuple[int, ...]
@@ -123,6 +126,7 @@ class Observer:
         self.modules: list[tuple[str, str]] = []
         self.operator: Callable[[], str] = str
         self._guards = 0
+        self._fixed: list[Expr] = []
 
     @property
     def where(self) -> str:
@@ -180,9 +184,9 @@ class Observer:
             if old in trace.fixed:
                 operator, where = trace.fixed[old]
                 trace.fixed.setdefault(new, (operator, moved(where)))
-            for seen_of in (trace.looked_up, trace.produced):
-                if old in seen_of:
-                    seen_of.add(new)
+            for noted in (trace.looked_up, trace.produced, trace.from_input):
+                if old in noted:
+                    noted.add(new)
 
     def _add_fact(self, lhs: Expr, rhs: Expr, origin: tuple[str, str]) -> None:
         for one, other in ((lhs, rhs), (rhs, lhs)):
@@ -195,6 +199,7 @@ class Observer:
     def on_constant(self, symbol: Expr) -> None:
         """Note where a symbol became a constant."""
         self.trace.fixed.setdefault(symbol, (self.operator(), self.where))
+        self._fixed.append(symbol)
 
     def dims(self, tensor: Tensor) -> Dims:
         """Return the expressions of a tensor's sizes."""
@@ -209,6 +214,10 @@ class Observer:
         name = func.__name__.split(".")[0]
         inputs = tensors_of((args, kwargs))
         outputs = tensors_of(out)
+        if self._fixed:
+            if any(self.owner.get(t) == INPUT for t in inputs):
+                self.trace.from_input.update(self._fixed)
+            self._fixed.clear()
         if not inputs or not outputs:
             return
         owners = {self.owner[t] for t in inputs if t in self.owner}
@@ -349,7 +358,9 @@ class Observer:
             kept = self._free([d for t in outputs for d in self.dims(t)])
             for t in inputs:
                 for expr in self.dims(t):
-                    if self.env.replace(expr).free_symbols - kept and not name.startswith(("size", "select", "slice")):
+                    symbols = self.env.replace(expr).free_symbols
+                    gone = name in _REDUCTIONS and not any(expr in self.dims(o) for o in outputs)
+                    if symbols and (gone or symbols - kept) and not name.startswith(("size", "select", "slice")):
                         self.trace.mixing.append((expr, f"'{name}' in {self.where} adds up over this axis"))
             return
         x = inputs[0]

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from fractions import Fraction
 from typing import Any, Protocol
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -43,7 +44,9 @@ class Sizes(Protocol):
         """Return ``sum(c*s) + constant`` as a size."""
 
 
-def probe(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Sizes) -> Any | None:
+def probe(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Sizes, *, fix: bool = False
+) -> Any | None:
     """Return what ``func`` returns, with sizes that follow those of its arguments; None if they do not do so linearly.
 
     Args:
@@ -51,6 +54,7 @@ def probe(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         args: Its arguments; tensors may have symbolic sizes.
         kwargs: Its keyword arguments.
         sizes: The engine.
+        fix: Let unit counts that the operator cannot have otherwise, or does not follow linearly, stay as they are.
     """
     symbols = sorted({s for d in _dims((args, kwargs), sizes) for s in d.free_symbols}, key=str)
     if not symbols:
@@ -73,7 +77,10 @@ def probe(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
             if found is not None:
                 break
         else:
-            return None
+            if not fix:
+                return None
+            sizes.equate(symbol, sympy.Integer(sizes.hint(symbol, {})))
+            continue
         slopes[symbol] = found
         for other, expr in tied.items():
             sizes.equate(other, expr)

@@ -73,29 +73,33 @@ class Proposal:
         unused: Parameters that took no part.
         mixing: What mixes along the axes of a group.
         written: Labels of axes that make units, some of which also read them.
-        fixed_sizes: Sizes at which axes became fixed, and the module in which they did.
+        fixed_sizes: Sizes at which axes became fixed, and those that they are made of, and the module in which they
+            became so.
     """
 
     def __init__(self, subject: Subject, seen: Trace) -> None:
         self.subject, self.seen = subject, seen
         self.solution = solution = Solution(seen.hints)
         solution.roots = set(seen.fixed)
+        solution.minor = {s for a in seen.attributes.values() for s in a.free_symbols} - set(seen.symbols.values())
+        for expr in sorted(seen.looked_up, key=str):  # before the rest: fewer unknowns in products
+            solution.fix(expr, "its entries are looked up by their index")
         solution.solve(seen.facts, seen.divisible)
         for expr in seen.outputs:
             solution.fix(expr, "model output")
         for expr, path in seen.opaque:
             solution.fix(expr, f"goes into '{path}', which cannot be traced")
-        for expr in sorted(seen.looked_up, key=str):
-            solution.fix(expr, "its entries are looked up by their index")
         for raw in seen.symbols.values():
             solution.make_whole(raw)
-        sizes = {key: solution(raw) for key, raw in seen.symbols.items()}
+        sizes, self.units = self._name_all_units()
         self.attributes = self._attributes()
-        self.units = self._name_units(sizes)
         self.resolver = Resolver(seen, solution, self.units)
         self.pinned: dict[str, str] = {}
         self.unused = [n for n, t in subject.named.items() if n not in seen.used and isinstance(t, nn.Parameter)]
         self.fixed_sizes: set[tuple[int, str]] = set()
+        self._parts: dict[Expr, set[int]] = {}
+        for whole, parts in (*seen.views, *seen.sums):
+            self._parts.setdefault(whole, set()).update(int(p) for p in parts if p.is_Integer and p > 1)
         layouts = self._layouts(sizes)
         self.groups, self.options = self._make_groups(layouts)
         self.mixing = self._mixing()
@@ -108,6 +112,17 @@ class Proposal:
     def varies(self, key: tuple[str, int]) -> bool:
         """Return whether an axis is in a group."""
         return f"{key[0]}[{key[1]}]" not in self.pinned
+
+    def _name_all_units(self) -> tuple[dict[tuple[str, int], Expr], dict[Expr, Units]]:
+        """Return the size of each axis and the name of each unit count; what no single axis shows is fixed."""
+        while True:
+            sizes = {key: self.solution(raw) for key, raw in self.seen.symbols.items()}
+            units = self._name_units(sizes)
+            hidden = {s for expr in sizes.values() for s in expr.free_symbols} - set(units)
+            if not hidden:
+                return sizes, units
+            for symbol in sorted(hidden, key=str):
+                self.solution.fix(symbol, "its size is a sum or a product of sizes that no single axis shows")
 
     def _name_units(self, sizes: Mapping[tuple[str, int], Expr]) -> dict[Expr, Units]:
         """Name each unit count after the first module that produces it."""
@@ -157,8 +172,6 @@ class Proposal:
                 self.pinned[label] = self._why_static(tensor, dim)
             elif not expr.free_symbols:
                 self.pinned[label] = self._why_fixed(raw)
-            elif not expr.free_symbols <= set(self.units):
-                self.pinned[label] = "its size is a sum that no single axis shows"
             else:
                 options = self.resolver.layouts(raw)
                 if options:
@@ -184,12 +197,15 @@ class Proposal:
         symbol, reason = self.solution.reason(raw)
         if reason is not None:
             return reason
+        if symbol in self.seen.from_input:
+            return "model input"
         fact = self.solution.fixed_by.get(symbol)
         operator, where = self.seen.fixed.get(symbol) or self.seen.origins.get(fact, ("", ""))
         size = self.solution.size(raw)
         if not where:
             return f"fixed at {size}"
-        self.fixed_sizes.add((size, where.split("'")[1] if where.startswith("'") else ""))
+        path = where.split("'")[1] if where.startswith("'") else ""
+        self.fixed_sizes |= {(size, path), *((part, path) for part in self._parts.get(raw, ()))}
         if operator in ("view", "_unsafe_view", "reshape", "expand"):
             return f"literal {size} in a {operator} in {where}"
         return f"meets a fixed size of {size} in {where}"

@@ -25,6 +25,7 @@ class Solution:
         known: What each eliminated symbol equals.
         reasons: Why symbols were fixed here, beyond what the trace itself says.
         roots: Symbols that the trace itself fixed.
+        minor: Symbols that are the size of no axis.
         fixed_by: For symbols that an equation fixed by itself, that equation.
     """
 
@@ -33,6 +34,7 @@ class Solution:
         self.known: dict[Expr, Expr] = {}
         self.reasons: dict[Expr, str] = {}
         self.roots: set[Expr] = set()
+        self.minor: set[Expr] = set()
         self.fixed_by: dict[Expr, Expr] = {}
         self._origin: dict[Expr, set[Expr]] = {}
         self._fact: Expr = sympy.Integer(0)
@@ -123,10 +125,16 @@ class Solution:
                 queue.append(fact)
                 stalled += 1
             else:
-                self._fix_all(left, "a size equation that is not linear ties this axis")
+                self._give_up(left)
+                queue.append(fact)
                 stalled = 0
         for top, bottom in pairs:
             self._make_divisible(top, bottom)
+
+    def _give_up(self, left: Expr) -> None:
+        """Fix what an equation that cannot be used is about; first what no axis shows (numbers kept in Python)."""
+        minor = left.free_symbols & self.minor
+        self._fix_all(sympy.Add(*minor) if minor else left, "a size equation that is not linear ties this axis")
 
     def make_whole(self, expr: Expr) -> Expr:
         """Return ``expr`` as a polynomial, restricting unit counts to multiples where a division asks for it."""
@@ -164,7 +172,7 @@ class Solution:
             return False
         poly = sympy.Poly(left, *symbols)
         if poly.total_degree() > 1:
-            return self._use_product(left)
+            return self._use_product(left) or self._use_polynomial(left, symbols)
         coefficients = {s: int(poly.coeff_monomial(s)) for s in symbols}
         constant = int(poly.coeff_monomial(1))
         return self._use_linear(coefficients, constant)
@@ -207,11 +215,21 @@ class Solution:
         return True
 
     def _use_product(self, left: Expr) -> bool:
-        """Use an equation with products if it has a common factor: ``h*d - h*e == 0`` says ``d == e``."""
-        factored = sympy.factor(left)
-        parts = [f for f in sympy.Mul.make_args(factored) if f.free_symbols and not f.is_Symbol]
-        if len(parts) == 1 and parts[0] != left:
-            return self._use(sympy.expand(parts[0]))
+        """Use an equation with products if just one factor is zero now: ``h*d - h*e == 0`` says ``d == e``."""
+        factors = [f.as_base_exp()[0] for f in sympy.Mul.make_args(sympy.factor(left)) if f.free_symbols]
+        zero = [f for f in map(sympy.expand, factors) if not f.xreplace({s: self.hints[s] for s in f.free_symbols})]
+        return len(zero) == 1 and zero[0] != left and self._use(zero[0])
+
+    def _use_polynomial(self, left: Expr, symbols: list[Expr]) -> bool:
+        """Use an equation that says what one symbol is: ``rows - heads*d - 2*state == 0``."""
+        for symbol in symbols:
+            c = left.coeff(symbol, 1)
+            rest = sympy.expand(left - c * symbol)
+            if c.is_Integer and symbol not in rest.free_symbols:
+                terms = [term / -c for term in sympy.Add.make_args(rest)]
+                if all(_counts(*t.as_coeff_Mul()) for t in terms):
+                    self._set(symbol, sympy.Add(*terms))
+                    return True
         return False
 
     def _make_divisible(self, top: Expr, bottom: Expr) -> bool:
@@ -239,10 +257,9 @@ class Solution:
 
     def _use_symbolic_divisor(self, top: Expr, bottom: Expr) -> bool:
         """Let ``a // b`` be exact where ``b`` varies: keep the present ratio of one to the other, if it is whole."""
-        c, symbol = top.as_coeff_Mul()
-        if bottom.is_Symbol and symbol.is_Symbol and c.is_Integer:
-            ratio, rest = divmod(int(c) * self.hints[symbol], self.hints[bottom])
-            if not rest and self._set_sum(symbol, int(c), {bottom: ratio}, 0):
+        if all(e.is_polynomial(*e.free_symbols) for e in (top, bottom)):
+            ratio, rest = divmod(self.size(top), self.size(bottom))
+            if not rest and self._use(sympy.expand(top - ratio * bottom)):
                 return True
         self._fix_all(bottom, "other sizes are divided by it")
         return True
@@ -285,6 +302,12 @@ class Solution:
         self.known[symbol] = value
         self._origin.setdefault(symbol, value.free_symbols)
         self._cache.clear()
+
+
+def _counts(coefficient: Expr, monomial: Expr) -> bool:
+    """Return whether this is a number of entries: a whole number of times a product of different sizes."""
+    powers = monomial.as_powers_dict().values()
+    return bool(coefficient.is_Integer and coefficient > 0 and all(p == 1 for p in powers))
 
 
 def _division(expr: Expr) -> tuple[Expr, Expr] | None:

@@ -137,6 +137,10 @@ class _Env(ShapeEnv):
     def _refine_ranges(self, expr: Expr) -> None:
         pass
 
+    # Where in the code a symbol came up is for error messages that nobody sees, and costs more than the symbol.
+    def _get_user_frame(self) -> None:
+        return None
+
     def _set_replacement(self, a: Expr, tgt: Expr, msg: str) -> None:
         if not tgt.free_symbols:
             if self.strict:
@@ -239,10 +243,19 @@ class _Probing(TorchFunctionMode):
         finally:
             env.strict = False
         if found is None:
-            return func(*args, **kwargs)
+            try:
+                return func(*args, **kwargs)
+            except Exception as error:  # as above; perhaps it runs where some sizes stay as they are
+                found = None if _reads_values(error) else probe(func, args, kwargs, env, fix=True)
+                if found is None:
+                    raise
         self._mode.operator = name
         self._mode.observe(func, args, kwargs, found)
         return found
+
+
+def _reads_values(error: Exception) -> bool:
+    return any(word in type(error).__name__ for word in ("DataDependent", "DynamicOutputShape"))
 
 
 def _expr(size: Any) -> Expr:
@@ -308,12 +321,12 @@ def run(
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
         for tensor in inputs:
-            observer.owner[mode.from_tensor(tensor, static_shapes=True)] = INPUT
+            observer.owner[tensor] = observer.owner[mode.from_tensor(tensor, static_shapes=True)] = INPUT
         try:
             outputs = call()
         except Exception as error:  # the model's own code: anything can happen
-            reads = any(word in type(error).__name__ for word in ("DataDependent", "DynamicOutputShape"))
-            raise UntraceableError(observer.modules[-1][0] if observer.modules else "", error, reads) from error
+            where = observer.modules[-1][0] if observer.modules else ""
+            raise UntraceableError(where, error, _reads_values(error)) from error
         trace.outputs |= {d for t in tensors_in(outputs) for d in observer.dims(t)}
         _note_states(model, trace, observer)
     observer.finish()

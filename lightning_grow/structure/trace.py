@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _MOST_KINDS = 6
 _MOST_HELD = 3
+_MOST_PAIRS = 3
+_MOST_TRIALS = 12
 _PRETENDED = 3
 
 Expr = Any  # a sympy expression; sympy ships no types
@@ -280,9 +282,10 @@ class _Tracer:
     def _sizes_that_pin(self, proposal: Proposal, bound: Mapping[Bound, Source]) -> list[dict[Bound, Source]]:
         """Return integers of modules that may be why axes are fixed, in the order in which to let them vary.
 
-        First all those that equal a fixed size, where it became fixed or in a module around it; then one kind after
-        the other of those that divide one (heads, of which a fixed number makes a width), those that the module itself
-        keeps before those in objects that it holds.
+        First all those that equal a fixed size, where it became fixed or in a module around it; then these with one
+        kind of those that divide one (heads, of which a fixed number makes a width); then one such kind after the
+        other, those that the module itself keeps before those in objects that it holds; then the first ones without
+        one kind.
         """
         equal: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
         dividing: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
@@ -305,19 +308,29 @@ class _Tracer:
         own = [kind for kind in kinds if all(is_own(name) for _, name, _ in kind)]
         held = [kind for kind in kinds if kind not in own]
         together = {key: value for kind in equal.values() for key, value in kind.items()}
-        return ([together] if together else []) + own[:_MOST_KINDS] + held[:_MOST_HELD]
+        single = list(equal.values())
+        both = [together | kind for kind in own[:_MOST_PAIRS]] if together else []
+        fewer = [
+            {k: v for k, v in together.items() if k not in kind} for kind in single[:_MOST_PAIRS] if len(single) > 2
+        ]
+        trials = ([together] if together else []) + both + own[:_MOST_KINDS] + held[:_MOST_HELD] + fewer
+        return trials[:_MOST_TRIALS]
 
     def _freed(self, proposal: Proposal, bound: dict[Bound, Source]) -> Proposal:
         """Return the proposal with sizes kept in Python varying as well, where the model still runs and that helps."""
         tried: set[Bound] = set()
+        failed: list[dict[Bound, Source]] = []
         trials = self._sizes_that_pin(proposal, bound)
         while trials:
             freed = trials.pop(0)
+            if freed in failed:
+                continue
             tried |= set(freed)
             try:
                 other = Proposal(self.subject, self._run(bound | freed, self.narrow))
             except UntraceableError as error:
                 log.debug("sizes kept in Python stay fixed: %s", error)
+                failed.append(freed)
                 trials = _kind_by_kind(freed) + trials  # one of them may be no size at all
                 continue
             if len(other.pinned) < len(proposal.pinned):

@@ -126,6 +126,11 @@ def _bilinear(left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None =
     return out if bias is None else out + bias
 
 
+def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Stand in for a product in which runs of rows have weights of their own: ``(s, k), (g, k, n), (g) -> (s, n)``."""
+    return (rows @ weights * ends.reshape(-1, 1, 1).to(rows.dtype)).sum(0)
+
+
 class PlainTwins(TorchFunctionMode):
     """Replaces fused kernels by their twins while it is active."""
 
@@ -144,6 +149,10 @@ class PlainTwins(TorchFunctionMode):
         if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
             packed = isinstance(args[1], Tensor) and args[1].ndim == 1
             return (_recurrent_packed if packed else _recurrent)(kind, *args, **kwargs)
+        if name in ("grouped_mm", "_grouped_mm") and [getattr(t, "ndim", 0) for t in args] == [2, 3]:
+            ends = kwargs.get("offs")
+            if ends is not None and kwargs.get("bias") is None:
+                return _grouped_mm(args[0], args[1], ends)
         if name == "_pack_padded_sequence":
             self._batch = int(args[1].shape[0])
             return _pack(*args, **kwargs)

@@ -29,8 +29,11 @@ def _kept(index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _many(group: AxisGroup, most: int) -> int:
-    """Return a number of units that differs from group to group, a multiple of the step."""
-    return group.step * (zlib.crc32(group.name.encode()) % most + 1)
+    """Return a number of units that differs from group to group, an odd multiple of the step.
+
+    Odd, because kernels that want rows aligned to a power of two would take an even one.
+    """
+    return group.step * (2 * (zlib.crc32(group.name.encode()) % most) + 1)
 
 
 def _exchanged(group: AxisGroup) -> tuple[Tensor, Tensor]:

@@ -34,3 +34,28 @@ def test_a_width_passes_an_operator_that_wants_plain_sizes(operator: Callable[[T
     structure = lg.trace(Around(operator), torch.randn(2, 3, 8, 8))
     assert {axis.label for axis in structure["first"].axes} == {"first.weight[0]", "first.bias[0]", "second.weight[1]"}
     assert structure["first"].obstacle is None
+
+
+@torch.library.custom_op("lightning_grow_tests::pair_of_products", mutates_args=())
+def pair_of_products(x: Tensor, weights: Tensor) -> Tensor:
+    """Sum of two products; without a kernel for fake tensors."""
+    first, second = weights
+    return x @ first + x @ second
+
+
+def test_sizes_that_an_operator_cannot_have_are_fixed_and_the_others_stay_free() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(7, 3)
+            self.weights = nn.Parameter(torch.randn(2, 6, 7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden: Tensor = pair_of_products(self.first(x), self.weights)
+            return self.last(hidden)
+
+    structure = lg.trace(Pair(), torch.randn(4, 5))
+    found = [{axis.label for axis in group.axes} for group in structure.groups.values()]
+    assert found == [{"weights[2]", "last.weight[1]"}, {"weights[1]", "first.weight[0]", "first.bias[0]"}]
+    assert "fixed size of 2" in structure.pinned["weights[0]"]
+    assert structure.pinned["first.weight[1]"] == "model input"

@@ -67,6 +67,22 @@ def test_common_factors_cancel() -> None:
     assert solution(heads).is_Symbol
 
 
+def test_the_factor_that_is_zero_now_is_meant() -> None:
+    (a, b, c), solution = symbols(a=8, b=3, c=3)
+    solution.solve([sympy.expand((a - 8) ** 2), sympy.expand((a + b) * (b - c))], [])
+    assert solution(a) == 8
+    assert solution(b) == solution(c)
+    assert solution(b).is_Symbol
+
+
+def test_what_a_multiple_of_another_divides_keeps_its_ratio() -> None:
+    """``view(batch, -1, heads, 8)`` of 17 steps: rows are divided by eight times the heads."""
+    (rows, heads), solution = symbols(rows=32, heads=4)
+    solution.solve([], [(34 * rows, 16 * heads)])
+    assert solution(rows) == 8 * solution(heads)
+    assert solution(heads).is_Symbol
+
+
 def test_order_of_equations_does_not_matter() -> None:
     found = set()
     for flip in (1, -1):

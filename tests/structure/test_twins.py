@@ -84,3 +84,32 @@ def test_a_width_that_does_not_fit_is_noticed() -> None:
     module.weight_hh_l0 = nn.Parameter(torch.randn(24, 7))
     with PlainTwins(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         module(torch.randn(3, 4, 5))
+
+
+class Experts(nn.Module):
+    """Rows, sorted by expert, times the weight of their group, in one kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 2
+        self.stem, self.router, self.head = nn.Linear(5, 12), nn.Linear(12, 2), nn.Linear(4, 3)
+        self.up, self.down = nn.Parameter(torch.randn(2, 12, 8)), nn.Parameter(torch.randn(2, 8, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.tanh(self.stem(x))
+        expert = self.router(rows).argmax(-1)
+        order = expert.argsort()
+        counts = torch.histc(expert.float(), bins=self.num_experts, min=0, max=self.num_experts - 1)
+        ends = counts.cumsum(0).to(torch.int32)
+        hidden = torch.relu(torch._grouped_mm(rows[order], self.up, offs=ends))
+        out: torch.Tensor = self.head(torch._grouped_mm(hidden, self.down, offs=ends)[order.argsort()])
+        return out
+
+
+def test_a_grouped_product_shows_the_widths_of_experts() -> None:
+    """Its fake kernel wants half precision, the real one whatever the model has."""
+    structure = lg.trace(Experts(), torch.randn(6, 5))
+    found = [{axis.label for axis in group.axes} for group in structure.groups.values() if group.size > 2]
+    stream = {"stem.weight[0]", "stem.bias[0]", "router.weight[1]", "up[1]"}
+    assert found == [{"up[2]", "down[1]"}, {"down[2]", "head.weight[1]"}, stream]
+    assert all(group.obstacle is None for group in structure.groups.values() if group.size > 2)
