@@ -25,6 +25,7 @@ class Solution:
         known: What each eliminated symbol equals.
         reasons: Why symbols were fixed here, beyond what the trace itself says.
         roots: Symbols that the trace itself fixed.
+        loose: Symbols of integers that modules keep: rather than a width, they are fixed where an equation asks for it.
         fixed_by: For symbols that an equation fixed by itself, that equation.
     """
 
@@ -33,6 +34,7 @@ class Solution:
         self.known: dict[Expr, Expr] = {}
         self.reasons: dict[Expr, str] = {}
         self.roots: set[Expr] = set()
+        self.loose: set[Expr] = set()
         self.fixed_by: dict[Expr, Expr] = {}
         self._origin: dict[Expr, set[Expr]] = {}
         self._fact: Expr = sympy.Integer(0)
@@ -89,6 +91,10 @@ class Solution:
     @staticmethod
     def _quotient(top: Expr, bottom: Expr) -> Expr | None:
         """Return ``top // bottom`` if the terms with symbols divide exactly, else None."""
+        if bottom.is_Add and bottom.is_polynomial() and top.is_polynomial():
+            ratio, rest = sympy.div(top, bottom)
+            fits = all(c.is_Integer for c in sympy.expand(ratio).as_coefficients_dict().values())
+            return ratio + rest if fits and rest in (0, -1) else None
         terms = sympy.Add.make_args(sympy.expand(top))
         whole, rest = sympy.Integer(0), sympy.Integer(0)
         for term in terms:
@@ -123,7 +129,10 @@ class Solution:
                 queue.append(fact)
                 stalled += 1
             else:
-                self._fix_all(left, "a size equation that is not linear ties this axis")
+                loose = self._loose_in(left)
+                self._fix_all(loose or left, "a size equation that is not linear ties this axis")
+                if loose:
+                    queue.appendleft(fact)
                 stalled = 0
         for top, bottom in pairs:
             self._make_divisible(top, bottom)
@@ -164,7 +173,7 @@ class Solution:
             return False
         poly = sympy.Poly(left, *symbols)
         if poly.total_degree() > 1:
-            return self._use_product(left)
+            return self._use_product(left) or (last_resort and (self._use_alone(left) or self._use_factors(left)))
         coefficients = {s: int(poly.coeff_monomial(s)) for s in symbols}
         constant = int(poly.coeff_monomial(1))
         return self._use_linear(coefficients, constant)
@@ -214,6 +223,37 @@ class Solution:
             return self._use(sympy.expand(parts[0]))
         return False
 
+    def _use_alone(self, left: Expr) -> bool:
+        """Use an equation of which one term is a symbol that occurs nowhere else: ``columns == heads * size``."""
+        terms = sympy.Add.make_args(sympy.expand(left))
+        for term in terms:
+            c, symbol = term.as_coeff_Mul()
+            if not symbol.is_Symbol or sum(symbol in t.free_symbols for t in terms) > 1:
+                continue
+            rest = sympy.expand((term - left) / c)
+            if all(k.is_Integer and k > 0 for k in rest.as_coefficients_dict().values()):
+                self._set(symbol, rest)
+                return True
+        return False
+
+    def _use_factors(self, left: Expr) -> bool:
+        """Use an equation of two products, by letting those factors be equal that are so at present."""
+        one, other = (_factors(t) for t in (*sympy.Add.make_args(left), 0, 0)[:2])
+        if len(sympy.Add.make_args(left)) != 2 or sorted(map(self.size, one)) != sorted(map(self.size, other)):
+            return False
+        for a, b in zip(sorted(one, key=self.size), sorted(other, key=self.size), strict=True):
+            symbol, value = (a, b) if a.is_Symbol else (b, a)
+            if symbol.is_Symbol:
+                self._set(symbol, value)
+                self._origin[symbol] = left.free_symbols - {symbol}
+        return True
+
+    def _loose_in(self, expr: Expr) -> Expr | None:
+        """Return a sum of the symbols in ``expr`` that stand for integers only and for no axis, or None."""
+        axes = {self(s) for s in self.hints.keys() - self.loose} if expr.free_symbols & self.loose else set()
+        found = [s for s in expr.free_symbols & self.loose if s not in axes]
+        return sympy.Add(*found) if found else None
+
     def _make_divisible(self, top: Expr, bottom: Expr) -> bool:
         """Restrict unit counts so that ``bottom`` divides ``top`` (up to its constant); False if they do not now."""
         top, bottom = self(top), self(bottom)
@@ -244,7 +284,14 @@ class Solution:
             ratio, rest = divmod(int(c) * self.hints[symbol], self.hints[bottom])
             if not rest and self._set_sum(symbol, int(c), {bottom: ratio}, 0):
                 return True
-        self._fix_all(bottom, "other sizes are divided by it")
+        b, product = bottom.as_coeff_Mul()
+        if product.is_Mul and symbol.is_Symbol and symbol not in product.free_symbols and c.is_Integer:
+            ratio, rest = divmod(int(c) * self.hints[symbol], self.size(bottom))
+            times, left = divmod(ratio * int(b), int(c))
+            if not rest and not left and ratio:
+                self._set(symbol, times * product)
+                return True
+        self._fix_all(self._loose_in(bottom) or bottom, "other sizes are divided by it")
         return True
 
     def _multiples(self, symbol: Expr, step: int) -> Expr:
@@ -285,6 +332,14 @@ class Solution:
         self.known[symbol] = value
         self._origin.setdefault(symbol, value.free_symbols)
         self._cache.clear()
+
+
+def _factors(term: Expr) -> list[Expr]:
+    """Return the factors of a product, without its sign: a number, unless it is 1, and symbols."""
+    powers = sympy.sympify(term).as_powers_dict()
+    number = abs(sympy.Mul(*(f**n for f, n in powers.items() if f.is_Number)))
+    symbols = [f for f, n in powers.items() if f.is_Symbol for _ in range(int(n))]
+    return [*([number] if number != 1 else []), *symbols]
 
 
 def _division(expr: Expr) -> tuple[Expr, Expr] | None:
