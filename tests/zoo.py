@@ -8,13 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests import zoo_blocks, zoo_convolutions, zoo_habits, zoo_hostile, zoo_sequences, zoo_settings
+from tests import (
+    zoo_arithmetic,
+    zoo_blocks,
+    zoo_convolutions,
+    zoo_habits,
+    zoo_hostile,
+    zoo_sequences,
+    zoo_settings,
+)
 from tests.zoo_entry import ZOO, Entry, Model, Width, entry, normal, weight
 
 __all__ = [
     "ZOO",
     "Entry",
     "Width",
+    "zoo_arithmetic",
     "zoo_blocks",
     "zoo_convolutions",
     "zoo_habits",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -72,6 +73,43 @@ def bookkeeping(module: nn.Module) -> list[Kept]:
     if isinstance(module, nn.RNNBase):
         return [Kept("input_size", None, "weight_ih_l0", 1), *_recurrent(module)]
     return []
+
+
+def of_input(module: nn.Module, ndim: int) -> dict[tuple[str, int | None], int]:
+    """Return the sizes that a norm without parameters keeps, each with the dimension of its input that it is.
+
+    Args:
+        module: Any module.
+        ndim: Dimensions of its input.
+
+    Example:
+        >>> of_input(nn.GroupNorm(2, 6, affine=False), 4)
+        {('num_channels', None): 1}
+    """
+    if any(tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values())):
+        return {}
+    if isinstance(module, nn.GroupNorm):
+        return {("num_channels", None): 1}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return {("num_features", None): 1}
+    if isinstance(module, _NORMS):
+        shape = module.normalized_shape
+        return {("normalized_shape", i): ndim - len(shape) + i for i in range(len(shape))}
+    return {}
+
+
+def conflict(module: nn.Module, sizes: Mapping[str, int]) -> str | None:
+    """Return why a module cannot have these sizes, given by attribute, or None if it can.
+
+    Example:
+        >>> conflict(nn.LSTM(3, 6, proj_size=4), {"proj_size": 6})
+        'an LSTM must have fewer projected than hidden units, not 6 of 6'
+    """
+    if isinstance(module, nn.RNNBase) and module.proj_size:
+        hidden, projected = (sizes.get(name, getattr(module, name)) for name in ("hidden_size", "proj_size"))
+        if projected >= hidden:
+            return f"an LSTM must have fewer projected than hidden units, not {projected} of {hidden}"
+    return None
 
 
 def _conv(module: nn.modules.conv._ConvNd) -> list[Kept]:

@@ -48,6 +48,10 @@ _NAMES_OF_MIXING = {
     "_log_softmax": "log-softmax normalises over this axis",
     "_safe_softmax": "softmax normalises over this axis",
 }
+_OF_VALUES = {"mul", "mul_", "div", "div_", "add", "add_", "sub", "sub_", "rsub", "pow", "pow_", "true_divide", "clamp"}
+
+ADDS_UP, SCALES = "adds up over this axis", "enters the values that are computed"
+"""How reasons read that say little or more of why new units change the output."""
 
 
 @dataclass
@@ -201,6 +205,11 @@ class Observer:
         self.trace.fixed.setdefault(symbol, (self.operator(), self.where))
         self._fixed.append(symbol)
 
+    def on_value(self, expr: Expr) -> None:
+        """Note that a number that depends on sizes is used as a value, and not as a size."""
+        if expr.free_symbols:
+            self.trace.mixing.append((expr, f"its size {SCALES} in {self.where}, as in a scale"))
+
     def dims(self, tensor: Tensor) -> Dims:
         """Return the expressions of a tensor's sizes."""
         return tuple(self.expr(size) for size in tensor.shape)
@@ -227,6 +236,7 @@ class Observer:
                 self.owner[t] = self.owner[inputs[0]]
         self.trace.used |= owners
         self._lookups(name, args)
+        self._values(name, args, kwargs)
         if name in _VIEWS:
             self._view(self.dims(inputs[0]), self.dims(outputs[0]))
         elif name in _CATS:
@@ -237,8 +247,14 @@ class Observer:
             self._roles_among_weights(name, args, inputs)
         elif len(inputs) > 1 and any(o != INPUT for o in owners):
             self._roles(func, args, inputs, outputs)
-        if not owners - {INPUT} or name in _NAMES_OF_MIXING:
+        if weights_only or not owners - {INPUT} or name in _NAMES_OF_MIXING:
             self._mixing(name, args, inputs, outputs)
+
+    def _values(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Numbers among the arguments of an operator that are made of sizes: a scale, or a mean."""
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.SymFloat) or (isinstance(leaf, torch.SymInt) and name in _OF_VALUES):
+                self.on_value(self.expr(leaf))
 
     # -- order ---------------------------------------------------------------------------------------------------
 
@@ -361,7 +377,7 @@ class Observer:
                     symbols = self.env.replace(expr).free_symbols
                     gone = name in _REDUCTIONS and not any(expr in self.dims(o) for o in outputs)
                     if symbols and (gone or symbols - kept) and not name.startswith(("size", "select", "slice")):
-                        self.trace.mixing.append((expr, f"'{name}' in {self.where} adds up over this axis"))
+                        self.trace.mixing.append((expr, f"'{name}' in {self.where} {ADDS_UP}"))
             return
         x = inputs[0]
         if name in ("_softmax", "_log_softmax", "_safe_softmax"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_grow.structure.axes import Attribute, Axis, AxisGroup, Block, Layout, Units, layout_units
 from lightning_grow.structure.modules import bookkeeping
-from lightning_grow.structure.observe import Bound, Trace
+from lightning_grow.structure.observe import ADDS_UP, SCALES, Bound, Trace
 from lightning_grow.structure.resolve import Resolver
 from lightning_grow.structure.solve import Solution
 from lightning_grow.structure.states import is_state
@@ -263,12 +263,9 @@ class Proposal:
         return tuple(blocks)
 
     def _mixing(self) -> dict[str, str]:
+        """Return what mixes along the axes of each group: a norm before a scale, and that before a sum."""
         mixing: dict[str, str] = {}
-        for expr, reason in self.seen.mixing:
-            for symbol in self.solution(expr).free_symbols:
-                if symbol in self.units and "adds up" not in reason:
-                    mixing.setdefault(self.units[symbol].group, reason)
-        for expr, reason in self.seen.mixing:
+        for expr, reason in sorted(self.seen.mixing, key=lambda m: (ADDS_UP in m[1], SCALES in m[1])):
             for symbol in self.solution(expr).free_symbols:
                 if symbol in self.units:
                     mixing.setdefault(self.units[symbol].group, reason)

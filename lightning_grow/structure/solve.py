@@ -25,7 +25,8 @@ class Solution:
         known: What each eliminated symbol equals.
         reasons: Why symbols were fixed here, beyond what the trace itself says.
         roots: Symbols that the trace itself fixed.
-        minor: Symbols that are the size of no axis.
+        minor: Symbols of integers that modules keep and of no axis: rather than a width, they are fixed where an
+            equation asks for it.
         fixed_by: For symbols that an equation fixed by itself, that equation.
     """
 
@@ -91,6 +92,10 @@ class Solution:
     @staticmethod
     def _quotient(top: Expr, bottom: Expr) -> Expr | None:
         """Return ``top // bottom`` if the terms with symbols divide exactly, else None."""
+        if bottom.is_Add and bottom.is_polynomial() and top.is_polynomial():
+            ratio, rest = sympy.div(top, bottom)
+            fits = all(c.is_Integer for c in sympy.expand(ratio).as_coefficients_dict().values())
+            return ratio + rest if fits and rest in (0, -1) else None
         terms = sympy.Add.make_args(sympy.expand(top))
         whole, rest = sympy.Integer(0), sympy.Integer(0)
         for term in terms:
@@ -133,8 +138,7 @@ class Solution:
 
     def _give_up(self, left: Expr) -> None:
         """Fix what an equation that cannot be used is about; first what no axis shows (numbers kept in Python)."""
-        minor = left.free_symbols & self.minor
-        self._fix_all(sympy.Add(*minor) if minor else left, "a size equation that is not linear ties this axis")
+        self._fix_all(self._minor_in(left) or left, "a size equation that is not linear ties this axis")
 
     def make_whole(self, expr: Expr) -> Expr:
         """Return ``expr`` as a polynomial, restricting unit counts to multiples where a division asks for it."""
@@ -172,7 +176,12 @@ class Solution:
             return False
         poly = sympy.Poly(left, *symbols)
         if poly.total_degree() > 1:
-            return self._use_product(left) or self._use_polynomial(left, symbols)
+            return (
+                self._use_product(left)
+                or self._use_polynomial(left, symbols, squares=False)
+                or (last_resort and self._use_polynomial(left, symbols, squares=True))
+                or (last_resort and self._use_factors(left))
+            )
         coefficients = {s: int(poly.coeff_monomial(s)) for s in symbols}
         constant = int(poly.coeff_monomial(1))
         return self._use_linear(coefficients, constant)
@@ -220,17 +229,35 @@ class Solution:
         zero = [f for f in map(sympy.expand, factors) if not f.xreplace({s: self.hints[s] for s in f.free_symbols})]
         return len(zero) == 1 and zero[0] != left and self._use(zero[0])
 
-    def _use_polynomial(self, left: Expr, symbols: list[Expr]) -> bool:
+    def _use_polynomial(self, left: Expr, symbols: list[Expr], *, squares: bool) -> bool:
         """Use an equation that says what one symbol is: ``rows - heads*d - 2*state == 0``."""
         for symbol in symbols:
             c = left.coeff(symbol, 1)
             rest = sympy.expand(left - c * symbol)
             if c.is_Integer and symbol not in rest.free_symbols:
                 terms = [term / -c for term in sympy.Add.make_args(rest)]
-                if all(_counts(*t.as_coeff_Mul()) for t in terms):
+                if all(_counts(*t.as_coeff_Mul(), squares=squares) for t in terms):
                     self._set(symbol, sympy.Add(*terms))
                     return True
         return False
+
+    def _use_factors(self, left: Expr) -> bool:
+        """Use an equation of two products, by letting those factors be equal that are so at present."""
+        one, other = (_factors(t) for t in (*sympy.Add.make_args(left), 0, 0)[:2])
+        if len(sympy.Add.make_args(left)) != 2 or sorted(map(self.size, one)) != sorted(map(self.size, other)):
+            return False
+        for a, b in zip(sorted(one, key=self.size), sorted(other, key=self.size), strict=True):
+            symbol, value = (a, b) if a.is_Symbol else (b, a)
+            if symbol.is_Symbol:
+                self._set(symbol, value)
+                self._origin[symbol] = left.free_symbols - {symbol}
+        return True
+
+    def _minor_in(self, expr: Expr) -> Expr | None:
+        """Return a sum of the symbols in ``expr`` that stand for integers only and for no axis, or None."""
+        axes = {self(s) for s in self.hints.keys() - self.minor} if expr.free_symbols & self.minor else set()
+        found = [s for s in expr.free_symbols & self.minor if s not in axes]
+        return sympy.Add(*found) if found else None
 
     def _make_divisible(self, top: Expr, bottom: Expr) -> bool:
         """Restrict unit counts so that ``bottom`` divides ``top`` (up to its constant); False if they do not now."""
@@ -261,7 +288,7 @@ class Solution:
             ratio, rest = divmod(self.size(top), self.size(bottom))
             if not rest and self._use(sympy.expand(top - ratio * bottom)):
                 return True
-        self._fix_all(bottom, "other sizes are divided by it")
+        self._fix_all(self._minor_in(bottom) or bottom, "other sizes are divided by it")
         return True
 
     def _multiples(self, symbol: Expr, step: int) -> Expr:
@@ -304,10 +331,18 @@ class Solution:
         self._cache.clear()
 
 
-def _counts(coefficient: Expr, monomial: Expr) -> bool:
-    """Return whether this is a number of entries: a whole number of times a product of different sizes."""
+def _counts(coefficient: Expr, monomial: Expr, *, squares: bool) -> bool:
+    """Return whether this is a number of entries: a whole number of times a product of sizes, different ones or not."""
     powers = monomial.as_powers_dict().values()
-    return bool(coefficient.is_Integer and coefficient > 0 and all(p == 1 for p in powers))
+    return bool(coefficient.is_Integer and coefficient > 0 and all(p == 1 or squares for p in powers))
+
+
+def _factors(term: Expr) -> list[Expr]:
+    """Return the factors of a product, without its sign: a number, unless it is 1, and symbols."""
+    powers = sympy.sympify(term).as_powers_dict()
+    number = abs(sympy.Mul(*(f**n for f, n in powers.items() if f.is_Number)))
+    symbols = [f for f, n in powers.items() if f.is_Symbol for _ in range(int(n))]
+    return [*([number] if number != 1 else []), *symbols]
 
 
 def _division(expr: Expr) -> tuple[Expr, Expr] | None:

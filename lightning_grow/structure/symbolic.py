@@ -29,6 +29,7 @@ from torch.utils._sympy.symbol import SymT, make_symbol
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from lightning_grow.structure.axes import Attribute
+from lightning_grow.structure.modules import of_input
 from lightning_grow.structure.observe import INPUT, Bound, Expr, Observer, Trace, evaluate
 from lightning_grow.structure.probe import probe
 from lightning_grow.structure.repeat import Repeats
@@ -259,7 +260,31 @@ def _reads_values(error: Exception) -> bool:
 
 
 def _expr(size: Any) -> Expr:
-    return size.node._expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+    return size.node._expr if isinstance(size, (torch.SymInt, torch.SymFloat)) else sympy.Integer(size)
+
+
+_NUMBERS: tuple[type, ...] = (torch.SymInt, torch.SymFloat)
+
+
+@contextlib.contextmanager
+def _floats(observer: Observer) -> Iterator[None]:
+    """Let ``math.sqrt`` and others have the present value of a size: a float is no size, so nothing becomes fixed."""
+
+    def value(number: Any) -> float:
+        observer.on_value(_expr(number))
+        return float(number.node.hint)
+
+    before = {kind: vars(kind).get("__float__") for kind in _NUMBERS}
+    for kind in _NUMBERS:
+        setattr(kind, "__float__", value)  # noqa: B010 (typed as never assigned)
+    try:
+        yield
+    finally:
+        for kind, method in before.items():
+            if method is None:
+                delattr(kind, "__float__")
+            else:
+                setattr(kind, "__float__", method)  # noqa: B010 (typed as never assigned)
 
 
 def run(
@@ -315,6 +340,7 @@ def run(
             model.get_submodule(path).__dict__["forward"] = _opaque(path, outputs, observer)
         stack.enter_context(_whole_sizes())
         stack.enter_context(_watched(model, observer))
+        stack.enter_context(_floats(observer))
         stack.enter_context(plain_kernels())
         stack.enter_context(_Probing(mode))
         stack.enter_context(PlainTwins())
@@ -381,10 +407,11 @@ def _watched(model: nn.Module, observer: Observer) -> Iterator[None]:
     """Keep the stack of running modules, and note the outputs of the model itself wherever it is called."""
     names = {id(module): name for name, module in model.named_modules()}
 
-    def enter(module: nn.Module, _args: Any) -> None:
+    def enter(module: nn.Module, args: Any) -> None:
         observer.note_guards()
         if id(module) in names:
             observer.modules.append((names[id(module)], type(module).__name__))
+            _meet(module, args)
 
     def leave(module: nn.Module, _args: Any, output: Any) -> None:
         observer.note_guards()
@@ -404,6 +431,15 @@ def _watched(model: nn.Module, observer: Observer) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _meet(module: nn.Module, args: Any) -> None:
+    """Let the sizes that a norm without parameters keeps be those of its input, which it need not look at."""
+    if not args or not isinstance(args[0], Tensor):
+        return
+    for (name, index), dim in of_input(module, args[0].ndim).items():
+        size = getattr(module, name) if index is None else getattr(module, name)[index]
+        _ = bool(args[0].shape[dim] == size)  # the engine writes down what it compares
 
 
 def _bind(

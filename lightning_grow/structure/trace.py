@@ -21,7 +21,7 @@ from lightning_grow.structure.axes import AxisGroup, Block, Layout, Stack, Struc
 from lightning_grow.structure.errors import StructureError
 from lightning_grow.structure.exact import with_exact_recipes
 from lightning_grow.structure.holders import Holders, is_own
-from lightning_grow.structure.modules import bookkeeping
+from lightning_grow.structure.modules import bookkeeping, of_input
 from lightning_grow.structure.observe import Bound, Trace
 from lightning_grow.structure.proposal import Proposal, Subject
 from lightning_grow.structure.replay import record, record_outputs
@@ -253,7 +253,8 @@ class _Tracer:
     def _static(self, name: str, tensor: Tensor) -> Sequence[int]:
         if (not tensor.is_floating_point() and not tensor.is_complex()) or self.subject.closed_by(name) is not None:
             return range(tensor.ndim)
-        owner = self.modules.get(name.rpartition(".")[0])
+        path = name.rpartition(".")[0].partition(".parametrizations.")[0]
+        owner = self.modules.get(path)
         if isinstance(owner, nn.modules.conv._ConvNd) or tensor.ndim >= 4:
             return range(2, tensor.ndim)
         return ()
@@ -275,6 +276,9 @@ class _Tracer:
         for path, module in self.modules.items():
             if bookkeeping(module):
                 continue
+            for name, index in of_input(module, 0):
+                value = getattr(module, name)
+                bound[path, name, index] = value if index is None else value[index]
             widths = {s for t in module.parameters(recurse=False) for s in t.shape}
             bound |= {place: value for place, value in self.holders.own(path) if value in widths}
         return bound

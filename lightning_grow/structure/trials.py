@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_grow.structure.axes import AxisGroup, Padding, layout_length, layout_units
 from lightning_grow.structure.layout import entry_index, entry_share
+from lightning_grow.structure.modules import conflict
+from lightning_grow.structure.noise import EvenNoise
 from lightning_grow.structure.sandbox import cast_states, plain_layers, set_size, swap_in, tensors_in, unchanged
 from lightning_grow.structure.states import is_state
 
@@ -53,6 +55,7 @@ class Trials:
         model: The model.
         sizes: Units of each group in the miniature.
         written: Tensors that the model itself writes to when it runs.
+        random: Whether the model draws random numbers in eval mode: the same for all units, except `with_noise`.
 
     Raises:
         UnrunnableError: If the model does not run as it is, or has no floating-point output.
@@ -78,6 +81,8 @@ class Trials:
         self._full = {group.name: group.size for group in groups}
         self.sizes: dict[str, int] = {}
         self.written: set[str] = set()
+        self.random = False
+        self._noise: EvenNoise | None = None
         flags = {id(module): train or module.training for module in model.modules()}
         self._train = flags if any(flags.values()) else {}
         few = few_units(groups)
@@ -151,7 +156,10 @@ class Trials:
         parameters = dict(self.model.named_parameters())
         buffers = {n: t.clone() for n, t in tensors.items() if n not in parameters}
         train, self._train = self._train, {}
+        self._noise = noise = EvenNoise()
         reference = self.run(tensors, {})
+        self.random = noise.drawn
+        self._noise = noise if noise.drawn else None
         self._train = train
         if train and not self._runs_in_train_mode(tensors):
             self._train = {}
@@ -186,13 +194,25 @@ class Trials:
         """Return the floating-point outputs with these tensors; sizes kept in Python follow the index map."""
         own = {n: tensors[n].clone() if n in self.written else tensors[n] for n in tensors}
         with torch.set_grad_enabled(grad), self._model_with(own, index) as (args, kwargs):
-            with _InDouble() if self._keep else contextlib.nullcontext():  # type: ignore[no-untyped-call]
+            precision = _InDouble() if self._keep else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+            with precision, self._noise or contextlib.nullcontext():
                 output = self._call(*args, **kwargs)
                 if self._train:  # what only that mode runs must run too
                     for module in self.model.modules():
                         module.__dict__["training"] = self._train.get(id(module), True)
                     self._call(*args, **kwargs)
             return [t if grad else t.detach().clone() for t in tensors_in(output) if _is_number(t)]
+
+    @contextlib.contextmanager
+    def with_noise(self) -> Iterator[None]:
+        """Let random numbers differ from unit to unit, as they do where the model is used."""
+        noise, reference = self._noise, self.reference
+        self._noise = None
+        self.reference = self.run(self._tensors, {})
+        try:
+            yield
+        finally:
+            self._noise, self.reference = noise, reference
 
     @contextlib.contextmanager
     def _model_with(self, tensors: Mapping[str, Tensor], index: Mapping[str, Tensor]) -> Iterator[Any]:
@@ -217,7 +237,7 @@ class Trials:
     def miniature(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Let the model be its miniature for a while; yields the arguments of its call."""
         precision = _InDouble() if self._keep else contextlib.nullcontext()  # type: ignore[no-untyped-call]
-        with self._model_with(self._tensors, {}) as arguments, precision:
+        with self._model_with(self._tensors, {}) as arguments, precision, self._noise or contextlib.nullcontext():
             yield arguments
 
     def resized(
@@ -225,6 +245,14 @@ class Trials:
     ) -> list[Tensor]:
         """Return the outputs after groups are resized by an index map, with fan-out shares."""
         return self.run(self._resized_tensors(list(groups), index, share), index)
+
+    def allowed(self, index: Mapping[str, Tensor]) -> bool:
+        """Return whether modules can have the sizes that these units give them."""
+        units = self.sizes | {name: len(i) for name, i in index.items()}
+        sizes: dict[str, dict[str, int]] = {}
+        for attribute in (a for a in self._attributes if not is_state(a.name)):
+            sizes.setdefault(attribute.module, {})[attribute.name] = layout_length(attribute.layout, units)
+        return all(conflict(self.model.get_submodule(path), new) is None for path, new in sizes.items())
 
     def _resized_tensors(
         self, groups: Iterable[AxisGroup], index: Mapping[str, Tensor], share: Mapping[str, Tensor]

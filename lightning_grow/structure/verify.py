@@ -19,6 +19,7 @@ from lightning_grow.structure.axes import AxisGroup, Layout
 from lightning_grow.structure.trials import Trials
 
 _STEPS = (2, 4, 8, 16)
+_ATTEMPTS = 4
 
 Plan = Callable[[AxisGroup], tuple[Tensor, Tensor]]
 """Index and shares, as in an edit, for a group."""
@@ -74,7 +75,7 @@ def try_each(trials: Trials, groups: Sequence[AxisGroup], plan: Plan, exact: boo
     """
     if not groups:
         return {}
-    plans = {g.name: plan(g) for g in groups}
+    plans = _allowed(trials, groups, plan)
     try:
         out = trials.resized(groups, {n: i for n, (i, _) in plans.items()}, {n: s for n, (_, s) in plans.items()})
         error = None if not exact or trials.same(out) else ""
@@ -86,6 +87,17 @@ def try_each(trials: Trials, groups: Sequence[AxisGroup], plan: Plan, exact: boo
         return {groups[0].name: error}
     half = len(groups) // 2
     return try_each(trials, groups[:half], plan, exact) | try_each(trials, groups[half:], plan, exact)
+
+
+def _allowed(trials: Trials, groups: Sequence[AxisGroup], plan: Plan) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return a plan for each group, by other numbers of units where a module cannot have the first ones."""
+    plans = {g.name: plan(g) for g in groups}
+    for g in groups:
+        for attempt in range(_ATTEMPTS):
+            if trials.allowed({name: index for name, (index, _) in plans.items()}):
+                return plans
+            plans[g.name] = plan(replace(g, name=f"{g.name} {attempt}"))
+    return plans
 
 
 def _told_apart(groups: Sequence[AxisGroup]) -> Iterator[list[AxisGroup]]:
@@ -162,6 +174,7 @@ def judge(
     groups, broken, failed = _in_larger_steps(trials, groups, broken, failed)
     runnable = [g for g in groups if g.name not in broken]
     broken |= try_each(trials, [g for g in runnable if g.size > g.step], _pruned, exact=False)
+    noisy = _drawn_for_units(trials, [g for g in groups if g.name not in broken | failed])
     judged = []
     for g in groups:
         if g.name in broken:
@@ -170,8 +183,20 @@ def judge(
         if g.name in failed:
             why = "the sum over two copies differs from the unit" if failed[g.name] else "new units change the output"
             obstacle = mixing.get(g.name, why)
+        elif g.name in noisy:
+            obstacle = "random numbers are drawn for each of its units"
         judged.append(replace(g, obstacle=obstacle))
     return judged, {n: f"resizing fails ({e})" for n, e in broken.items()}
+
+
+def _drawn_for_units(trials: Trials, groups: Sequence[AxisGroup]) -> set[str]:
+    """Return the groups whose number of units says which random numbers the model draws."""
+    if not trials.random:
+        return set()
+    with trials.with_noise():
+        failed = set(try_each(trials, groups, _widened, exact=True))
+        rest = [g for g in groups if g.name not in failed]
+        return failed | set(try_each(trials, rest, _split, exact=True))
 
 
 def _in_larger_steps(
@@ -181,6 +206,8 @@ def _in_larger_steps(
     stepped = {g.name: g for g in groups}
     for name in list(broken):
         for step in _STEPS:
+            if stepped[name].size % step:
+                continue
             candidate = replace(stepped[name], step=step)
             error = try_each(trials, [candidate], _widened, exact=True).get(name)
             if error is None or not error:

@@ -15,6 +15,7 @@ from lightning_grow.structure.axes import Attribute, Axis, Layout, Units, layout
 from lightning_grow.structure.errors import StructureError
 from lightning_grow.structure.holders import Step
 from lightning_grow.structure.layout import entry_index
+from lightning_grow.structure.modules import conflict
 from lightning_grow.structure.trials import eps_of
 from lightning_grow.surgery.attributes import Change, described, kept_states
 from lightning_grow.surgery.edit import Edit
@@ -135,6 +136,7 @@ def plan_model(model: nn.Module, edits: Iterable[Edit]) -> ModelPlan:
         return entry_index(attribute.layout, sizes, index) if fits else None
 
     changes = [*described(model, attributes, sizes, new_sizes), *kept_states(model, attributes, entries)]
+    _check_conflicts(changes)
     changes += _corrected_eps(model, by_group.values())
     return ModelPlan(tuple(tensors.values()), tuple(changes))
 
@@ -168,6 +170,17 @@ def _corrected_eps(model: nn.Module, edits: Iterable[Edit]) -> list[Change]:
             before = changes[path, name].value if (path, name) in changes else eps_of(module, name)
             changes[path, name] = Change(module, Step(name, False), before * edit.ratio)
     return list(changes.values())
+
+
+def _check_conflicts(changes: Iterable[Change]) -> None:
+    sizes: dict[nn.Module, dict[str, Any]] = {}
+    for owner, step, value in changes:
+        if isinstance(owner, nn.Module) and not step.is_item:
+            sizes.setdefault(owner, {})[step.key] = value
+    for module, new in sizes.items():
+        reason = conflict(module, new)
+        if reason is not None:
+            raise StructureError(f"A {type(module).__name__} cannot be resized like this: {reason}.")
 
 
 def _is_mask(model: nn.Module, name: str) -> bool:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import nn
 
+import lightning_grow as lg
+from lightning_grow.structure.errors import StructureError
 from lightning_grow.structure.modules import bookkeeping
+from tests.zoo_entry import Model
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(4, 6),
@@ -70,3 +74,26 @@ def test_no_size_is_forgotten(make: Callable[[], nn.Module]) -> None:
 def test_a_module_of_somebody_else_has_no_entry() -> None:
     assert bookkeeping(nn.ReLU()) == []
     assert bookkeeping(nn.Sequential(nn.Linear(2, 3))) == []
+
+
+def test_sizes_of_norms_without_parameters_follow() -> None:
+    norms = (nn.GroupNorm(2, 4, affine=False), nn.BatchNorm2d(6, affine=False, track_running_stats=False))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norms[0], nn.Conv2d(4, 6, 1), norms[1], nn.Conv2d(6, 2, 1))
+    structure = lg.trace(model, torch.randn(2, 3, 4, 4))
+    lg.apply_(model, [lg.widen(structure["0"], 2), lg.widen(structure["2"], 1)])
+    assert (model[1].num_channels, model[3].num_features) == (8, 7)  # a unit of the first is a group of two channels
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_an_lstm_is_not_given_as_many_projected_as_hidden_units() -> None:
+    """Torch could not tell whether there is a projection; groups are found nevertheless."""
+    lstm = nn.LSTM(5, 8, proj_size=6, batch_first=True)
+    model = Model(lambda self, x: self.head(self.lstm(x)[0]), lstm=lstm, head=nn.Linear(6, 3))
+    structure = lg.trace(model, torch.randn(2, 7, 5))
+    group = structure["lstm"]
+    assert sorted((g.size, g.step, g.obstacle) for g in structure.groups.values()) == [(6, 1, None), (8, 1, None)]
+    with pytest.raises(StructureError, match="fewer projected than hidden units, not 6 of 6"):
+        lg.apply_(model, [lg.prune(group, [0, 1])])
+    assert lstm.hidden_size == 8
+    lg.apply_(model, [lg.prune(group, [0])])
+    assert model(torch.randn(2, 7, 5)).shape == (2, 7, 3)

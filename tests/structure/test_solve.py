@@ -94,11 +94,37 @@ def test_order_of_equations_does_not_matter() -> None:
 
 
 def test_what_is_not_understood_is_fixed_with_a_reason() -> None:
-    (a, b), solution = symbols(a=3, b=10)
-    solution.solve([a**2 + 1 - b], [])
-    assert (solution.size(a), solution.size(b)) == (3, 10)
+    (a, b), solution = symbols(a=3, b=7)
+    solution.solve([a**2 - 2 - b], [])
+    assert (solution.size(a), solution.size(b)) == (3, 7)
     assert not solution(a).free_symbols
     assert "not linear" in str(solution.reason(a)[1])
+
+
+def test_a_width_may_be_a_product() -> None:
+    (a, b, c, d), solution = symbols(a=3, b=4, c=12, d=16)
+    solution.solve([a * b - c, b**2 - d], [])
+    assert (solution(c), solution(d)) == (a * b, b**2)
+
+
+def test_equal_products_have_equal_factors() -> None:
+    (a, b, c), solution = symbols(a=3, b=3, c=8)
+    solution.solve([8 * a - b * c], [])
+    assert solution(a) == solution(b) != 3
+    assert solution(c) == 8
+
+
+def test_a_quotient_by_a_product_keeps_their_ratio() -> None:
+    (rows, heads, size), solution = symbols(rows=8, heads=2, size=4)
+    solution.solve([], [(6 * rows, heads * size)])
+    assert solution(rows) == heads * size
+
+
+def test_integers_that_stand_for_no_axis_are_fixed_first() -> None:
+    (width, side), solution = symbols(width=6, side=2)
+    solution.minor = {side}
+    solution.solve([width * side**2 - 4 * width * (4 // 2) ** 2 // 4], [])
+    assert (solution(side), solution(width)) == (2, width)
 
 
 def test_fixing_keeps_the_first_reason() -> None:
