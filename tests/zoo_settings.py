@@ -111,25 +111,3 @@ def hyperparameters_in_a_dictionary() -> nn.Module:
 
     hparams = {"model": {"width": 8}, "epochs": 8, "lr": 0.1}
     return Model(forward, _hparams=hparams, hidden=nn.Linear(5, 8), head=nn.Linear(8, 3))
-
-
-@entry(
-    normal(2, 4, 5),
-    Width("cell.weight_hh[1] cell.bias_hh[0] head.weight[1]", 8),
-    pinned="cell.weight_ih[1] head.weight[0]",
-)
-def state_between_batches() -> nn.Module:
-    """A recurrent state that is kept until the next batch, and one that does not exist before the first."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        hidden = self.state[0]
-        for step in x.unbind(1):
-            hidden = self.cell(step, hidden)
-        self.state = (hidden.detach(), x.detach().mean())
-        before = torch.zeros_like(hidden) if self.memory is None else self.memory["last"]
-        if self.training:
-            self.memory = {"last": hidden.detach()}
-        return self.head(hidden + before)
-
-    state = (torch.zeros(2, 8, dtype=torch.float64), 0.0)
-    return Model(forward, state=state, memory=None, cell=nn.GRUCell(5, 8), head=nn.Linear(8, 3))

@@ -137,6 +137,22 @@ class Padding:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """An entry of a configuration from which the model could be built: it stands for the unit counts of groups.
+
+    Attributes:
+        module: The module that keeps the configuration.
+        name: The path to the entry: ``config.intermediate_size``.
+        counts: For each group that it stands for, its units and how much of the entry is made of each unit. Empty if
+            no entry of this configuration stands for the group at hand.
+    """
+
+    module: str
+    name: str
+    counts: tuple[tuple[Units, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class AxisGroup:
     """All axes that share one unit count, and so must be resized together.
 
@@ -151,6 +167,7 @@ class AxisGroup:
             as copies. `widen` does so.
         padding: Where there is an obstacle: how any number of units can be added all the same, if ``widen`` is to
             ``preserve`` the function; None if that is not known.
+        settings: Entries of configurations that stand for the unit count, of which a model can be built.
     """
 
     name: str
@@ -161,6 +178,7 @@ class AxisGroup:
     obstacle: str | None = None
     copies: bool = False
     padding: Padding | None = None
+    settings: tuple[Setting, ...] = ()
 
     @property
     def units(self) -> Units:
@@ -308,7 +326,11 @@ def _group_from(data: Mapping[str, Any]) -> AxisGroup:
     if padding is not None:
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in padding.items()}
         padding = Padding(**{**fields, "eps": tuple((module, name) for module, name in padding["eps"])})
-    return AxisGroup(**{**data, "axes": axes, "attributes": attributes, "padding": padding})
+    settings = tuple(
+        Setting(s["module"], s["name"], tuple((Units(**units), times) for units, times in s["counts"]))
+        for s in data.get("settings", ())
+    )
+    return AxisGroup(**{**data, "axes": axes, "attributes": attributes, "padding": padding, "settings": settings})
 
 
 def stack_from_dict(data: Mapping[str, Any]) -> Stack:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_grow.structure.axes import AxisGroup, Block, Layout, Stack, Structure, Units
+from lightning_grow.structure.configs import expressed
 from lightning_grow.structure.errors import StructureError
 from lightning_grow.structure.exact import with_exact_recipes
 from lightning_grow.structure.holders import Holders, is_own
@@ -125,6 +126,7 @@ class _Tracer:
             else:
                 self.trials = trials
         stacks = self._stacks()
+        groups, stacks = expressed(self.model, groups, stacks)
         return Structure(groups=groups, stacks=stacks, pinned=_in_order(pinned, self.subject.named))
 
     def _stacks(self) -> dict[str, Stack]:

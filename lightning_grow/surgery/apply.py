@@ -18,6 +18,7 @@ from lightning_grow.structure.layout import entry_index
 from lightning_grow.structure.modules import conflict
 from lightning_grow.structure.trials import eps_of
 from lightning_grow.surgery.attributes import Change, described, kept_states
+from lightning_grow.surgery.configs import configured
 from lightning_grow.surgery.edit import Edit
 from lightning_grow.surgery.fill import edited
 from lightning_grow.surgery.optimizer_state import OptimizerMemory, plan_attributes
@@ -76,6 +77,8 @@ def apply_(
             _commit(plan, memories, new_state, commit)
         for memory in memories:
             memory.report_resets()
+        for warning in plan.warnings:
+            log.warning(warning)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +97,7 @@ class ModelPlan:
 
     tensors: tuple[PlannedTensor, ...]
     attributes: tuple[Change, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def plan_model(model: nn.Module, edits: Iterable[Edit]) -> ModelPlan:
@@ -138,7 +142,10 @@ def plan_model(model: nn.Module, edits: Iterable[Edit]) -> ModelPlan:
     changes = [*described(model, attributes, sizes, new_sizes), *kept_states(model, attributes, entries)]
     _check_conflicts(changes)
     changes += _corrected_eps(model, by_group.values())
-    return ModelPlan(tuple(tensors.values()), tuple(changes))
+    written = {(id(change.owner), change.step) for change in changes}
+    settings, warnings = configured(model, [edit.group for edit in by_group.values()], new_sizes)
+    changes += [change for change in settings if (id(change.owner), change.step) not in written]
+    return ModelPlan(tuple(tensors.values()), tuple(changes), tuple(warnings))
 
 
 def _padded(m: AxisMap, axis: Axis, edits: Mapping[str, Edit]) -> AxisMap:

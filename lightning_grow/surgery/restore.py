@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from lightning_grow.structure.axes import Attribute, Structure, layout_length, layout_units, stack_from_dict, tensor_of
 from lightning_grow.structure.errors import StructureError
 from lightning_grow.surgery.attributes import Change, described, following, guessed, kept_sizes, kept_states
+from lightning_grow.surgery.configs import configured
 from lightning_grow.surgery.depth import insert_, remove_
 from lightning_grow.surgery.fill import edited
 from lightning_grow.surgery.optimizer_state import OptimizerMemory
 from lightning_grow.surgery.plan import AxisMap, TensorPlan
 from lightning_grow.surgery.swap import Commit, check_swappable
+
+log = logging.getLogger(__name__)
 
 
 def resize_like_(
@@ -225,4 +229,10 @@ def _described(model: nn.Module, values: Mapping[str, Tensor], structure: Struct
         fits = length == layout_length(attribute.layout, before)
         return torch.where(new < length, new, -1) if fits and len(new) != length else None
 
-    return [*described(model, attributes, before, after), *kept_states(model, attributes, entries)]
+    changes = [*described(model, attributes, before, after), *kept_states(model, attributes, entries)]
+    changed = [structure[name] for name in after if after[name] != before[name]]
+    settings, warnings = configured(model, changed, after)
+    for warning in warnings:
+        log.warning(warning)
+    written = {(id(change.owner), change.step) for change in changes}
+    return [*changes, *(change for change in settings if (id(change.owner), change.step) not in written)]

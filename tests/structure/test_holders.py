@@ -203,23 +203,3 @@ def test_reading_is_noted_under_the_name_by_which_it_is_kept() -> None:
     group = lg.trace(model, torch.randn(6, 5))["hidden"]
     lg.apply_(model, [lg.widen(group, 3)])
     assert model.config.hidden_size == 11
-
-
-def test_a_state_follows_also_one_that_came_later() -> None:
-    entry = ZOO["state_between_batches"]
-    model = entry.build()
-    args, _ = entry.inputs()
-    group = lg.trace(model, *args)["cell"]
-    assert {a.name for a in group.attributes} >= {"state[0].shape", "memory['last'].shape"}
-    model(*args)
-    state, twin = model.state, copy.deepcopy(model)
-    lg.apply_(model, [lg.prune(group, [0, 3])])
-    assert torch.equal(model.state[0], state[0][:, [1, 2, 4, 5, 6, 7]])
-    assert torch.equal(model.memory["last"], twin.memory["last"][:, [1, 2, 4, 5, 6, 7]])
-    assert model(*args).shape == (2, 3)
-    lg.apply_(twin, [lg.widen(group, 2)])
-    assert not twin.state[0][:, 8:].any()
-    assert torch.equal(twin.state[0][:, :8], state[0])
-    small = entry.build()
-    lg.resize_like_(small, twin.state_dict(), lg.trace(small, *args))
-    assert small.state[0].shape == (2, 10)
