@@ -1,11 +1,14 @@
-"""What `trace` and `apply_` promise, for every model of the zoo and every group found in it."""
+"""What `trace` and `apply_` promise, for every model of the zoo and every group found in it.
+
+The same properties hold for models that others wrote: `test_zoo_third_party` takes them over.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +20,20 @@ import lightning_grow as lg
 from lightning_grow.structure.axes import AxisGroup, Structure, layout_length, tensor_of
 from lightning_grow.structure.holders import read
 from lightning_grow.structure.layout import entry_index
-from tests.zoo import ZOO, Entry
+from tests.fuzz import PER_EPISODE, fuzz
+from tests.zoo import EVERYTHING, ZOO, Entry
 
 torch.set_num_threads(1)
 EXACT = {"rtol": 0.0, "atol": 1e-10}
-every_model = pytest.mark.parametrize("entry", ZOO.values(), ids=list(ZOO))
+MODELS = ZOO
 Snapshot = dict[str, Any]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every property that takes an entry for each model of the module's table."""
+    if "entry" in metafunc.fixturenames:
+        models = metafunc.module.MODELS
+        metafunc.parametrize("entry", models.values(), ids=list(models))
 
 
 class Traced(NamedTuple):
@@ -36,7 +47,7 @@ class Traced(NamedTuple):
 @functools.cache
 def trace_once(name: str) -> Traced:
     """Trace a model of the zoo in train mode, with gradients present, once for all tests."""
-    entry = ZOO[name]
+    entry = EVERYTHING[name]
     model = entry.build()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -90,12 +101,13 @@ def named(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def about(group: AxisGroup, what: str = "") -> Iterator[None]:
-    """Name the group in whatever goes wrong inside."""
+def about(groups: Sequence[AxisGroup], what: str = "") -> Iterator[None]:
+    """Name the groups in whatever goes wrong inside."""
     try:
         yield
     except Exception as error:
-        error.add_note(f"{what} group '{group.name}' (size {group.size}, step {group.step})\n{group}")
+        for group in groups:
+            error.add_note(f"{what} group '{group.name}' (size {group.size}, step {group.step})\n{group}")
         raise
 
 
@@ -104,14 +116,23 @@ def live(structure: Structure, model: nn.Module, name: str) -> AxisGroup:
     return structure.resized(structure.sizes_in(model))[name]
 
 
-def edits_of(group: AxisGroup) -> dict[str, lg.Edit]:
-    """One edit of each kind that may preserve the function."""
-    return {
-        "widen": lg.widen(group, group.step),
-        "widen thrice": lg.widen(group, 3 * group.step),
-        "split": lg.split(group, list(range(group.step))),
-        "split all": lg.split(group, list(range(group.size))),
-    }
+EDITS: dict[str, Callable[[AxisGroup], lg.Edit]] = {
+    "widen": lambda group: lg.widen(group, group.step),
+    "widen thrice": lambda group: lg.widen(group, 3 * group.step),
+    "split": lambda group: lg.split(group, list(range(group.step))),
+    "split all": lambda group: lg.split(group, list(range(group.size))),
+}
+"""One edit of each kind that may preserve the function."""
+
+
+def batches(entry: Entry) -> list[list[AxisGroup]]:
+    """Groups to edit together: each by itself; of larger models all without obstacle, all others, and two by itself."""
+    groups = list(structure_of(entry).groups.values())
+    if not entry.third_party:
+        return [[group] for group in groups]
+    free = [group for group in groups if group.obstacle is None]
+    hindered = [group for group in groups if group.obstacle is not None]
+    return [batch for batch in (free, hindered, free[:1], free[-1:]) if batch]
 
 
 def loss_of(entry: Entry, model: nn.Module) -> Tensor:
@@ -127,7 +148,6 @@ def widened(entry: Entry) -> nn.Module:
     return model
 
 
-@every_model
 def test_each_hidden_width_is_a_group(entry: Entry) -> None:
     groups = structure_of(entry).groups.values()
     names = []
@@ -144,7 +164,6 @@ def test_each_hidden_width_is_a_group(entry: Entry) -> None:
         assert all(group.obstacle for group in groups), structure_of(entry)
 
 
-@every_model
 def test_every_axis_is_in_a_group_or_pinned_with_a_reason(entry: Entry) -> None:
     structure, model = structure_of(entry), entry.build()
     sizes = structure.sizes_in(model)
@@ -159,7 +178,6 @@ def test_every_axis_is_in_a_group_or_pinned_with_a_reason(entry: Entry) -> None:
         assert tensor_of(model, axis.tensor).shape[axis.dim] == layout_length(axis.layout, sizes), axis
 
 
-@every_model
 def test_sizes_kept_as_python_integers_are_known(entry: Entry) -> None:
     structure, model = structure_of(entry), entry.build()
     sizes = structure.sizes_in(model)
@@ -169,7 +187,6 @@ def test_sizes_kept_as_python_integers_are_known(entry: Entry) -> None:
             assert value == layout_length(attribute.layout, sizes), attribute
 
 
-@every_model
 def test_tracing_changes_nothing(entry: Entry) -> None:
     _, before, after = trace_once(entry.name)
     for name, (identity, value, requires_grad, grad) in before["tensors"].items():
@@ -193,75 +210,74 @@ def test_tracing_changes_nothing(entry: Entry) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@every_model
 def test_widening_and_splitting_preserve_the_function(entry: Entry, training: bool) -> None:
     """Where there is an obstacle the function may change, but the model must still run."""
     random_numbers = training and entry.stochastic
     expected = entry.outputs(entry.build().train(training))
-    for group in structure_of(entry).groups.values():
-        for kind, edit in edits_of(group).items():
-            with about(group, kind):
+    for batch in batches(entry):
+        for kind, edit_of in EDITS.items():
+            with about(batch, kind):
                 model = entry.build().train(training)
-                lg.apply_(model, [edit])
-                assert structure_of(entry).sizes_in(model)[group.name] == len(edit.index)
+                edits = [edit_of(group) for group in batch]
+                lg.apply_(model, edits)
+                sizes = structure_of(entry).sizes_in(model)
+                assert all(sizes[edit.group.name] == len(edit.index) for edit in edits)
                 outputs = entry.outputs(model)
                 assert [o.shape for o in outputs] == [o.shape for o in expected]
-                if group.obstacle is None and not random_numbers:
+                if all(group.obstacle is None for group in batch) and not random_numbers:
                     torch.testing.assert_close(outputs, expected, **EXACT)
 
 
-@every_model
 def test_pruning_fresh_units_is_the_exact_inverse_of_widening(entry: Entry) -> None:
     model = entry.build()
     before, plain = tensors(model), plain_attributes(model)
     structure = structure_of(entry)
-    for name, group in structure.groups.items():
-        with about(group):
-            lg.apply_(model, [lg.widen(group, 2 * group.step)])
-            lg.apply_(
-                model, [lg.prune(live(structure, model, name), list(range(group.size, group.size + 2 * group.step)))]
-            )
+    for batch in batches(entry):
+        with about(batch):
+            lg.apply_(model, [lg.widen(group, 2 * group.step) for group in batch])
+            wider = [(live(structure, model, group.name), group.size) for group in batch]
+            lg.apply_(model, [lg.prune(group, list(range(size, group.size))) for group, size in wider])
             after = tensors(model)
             assert list(after) == list(before)
             assert all(torch.equal(after[n], value) for n, value in before.items())
             assert plain_attributes(model) == plain
 
 
-@every_model
 def test_pruning_a_unit_equals_silencing_its_fan_out(entry: Entry) -> None:
     """The reference is the model as it is, with zeros in the columns of the pruned unit."""
     structure = structure_of(entry)
-    for group in structure.groups.values():
-        if group.obstacle is not None or group.size == group.step:
-            continue
-        with about(group), torch.no_grad():
-            gone = list(range(group.step))
-            silent = torch.arange(group.size).masked_fill(torch.arange(group.size) < group.step, -1)
-            reference = entry.build().eval()
-            for axis in group.with_role("consumed"):
-                sizes = structure.sizes_in(reference)
-                entries = (entry_index(axis.layout, sizes, {group.name: silent}) < 0).nonzero().flatten()
-                tensor_of(reference, axis.tensor).index_fill_(axis.dim, entries, 0.0)
-            model = entry.build().eval()
-            lg.apply_(model, [lg.prune(group, gone)])
+    sizes = structure.sizes_in(entry.build())
+    for batch in batches(entry):
+        smaller = [group for group in batch if group.obstacle is None and group.size > group.step]
+        with about(smaller), torch.no_grad():
+            reference, model = entry.build().eval(), entry.build().eval()
+            for group in smaller:
+                silent = torch.arange(group.size).masked_fill(torch.arange(group.size) < group.step, -1)
+                for axis in group.with_role("consumed"):
+                    entries = (entry_index(axis.layout, sizes, {group.name: silent}) < 0).nonzero().flatten()
+                    tensor_of(reference, axis.tensor).index_fill_(axis.dim, entries, 0.0)
+            lg.apply_(model, [lg.prune(group, list(range(group.step))) for group in smaller])
             torch.testing.assert_close(entry.outputs(model), entry.outputs(reference), **EXACT)
 
 
-@every_model
 def test_the_order_of_units_is_free(entry: Entry) -> None:
     ordered = {label for width in entry.widths if not width.symmetric for label in width.labels}
     expected = entry.outputs(entry.build().eval())
-    for group in structure_of(entry).groups.values():
-        if group.obstacle is not None and (group.step > 1 or ordered & {axis.label for axis in group.axes}):
-            continue
-        with about(group):
+
+    def is_free(group: AxisGroup) -> bool:
+        return group.obstacle is None or (group.step == 1 and not ordered & {axis.label for axis in group.axes})
+
+    def reversed_(group: AxisGroup) -> lg.Edit:
+        order = torch.arange(group.size).reshape(-1, group.step).flip(0).flatten().tolist()
+        return lg.Edit(group, index=tuple(order), share=(1.0,) * group.size)
+
+    for batch in batches(entry):
+        with about(batch):
             model = entry.build().eval()
-            order = torch.arange(group.size).reshape(-1, group.step).flip(0).flatten().tolist()
-            lg.apply_(model, [lg.Edit(group, index=tuple(order), share=(1.0,) * group.size)])
+            lg.apply_(model, [reversed_(group) for group in batch if is_free(group)])
             torch.testing.assert_close(entry.outputs(model), expected, **EXACT)
 
 
-@every_model
 def test_a_training_step_runs_after_every_edit(entry: Entry) -> None:
     structure, model = structure_of(entry), entry.build()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -278,43 +294,74 @@ def test_a_training_step_runs_after_every_edit(entry: Entry) -> None:
             assert all(v.shape in (parameter.shape, torch.Size()) for v in state.values() if isinstance(v, Tensor))
 
     step()
-    for name, group in structure.groups.items():
-        with about(group):
-            lg.apply_(model, [lg.widen(group, group.step)], optimizers=[optimizer])
-            step()
-            lg.apply_(model, [lg.prune(live(structure, model, name), list(range(group.step)))], optimizers=[optimizer])
-            step()
-            lg.apply_(model, [lg.split(live(structure, model, name), list(range(group.step)))], optimizers=[optimizer])
-            step()
+    for batch in batches(entry):
+        with about(batch):
+            for edit_of in (
+                lambda group: lg.widen(group, group.step),
+                lambda group: lg.prune(group, list(range(group.step))),
+                lambda group: lg.split(group, list(range(group.step))),
+            ):
+                edits = [edit_of(live(structure, model, group.name)) for group in batch]
+                lg.apply_(model, edits, optimizers=[optimizer])
+                step()
 
 
-@every_model
-def test_new_units_learn(entry: Entry) -> None:
-    """After one step of plain gradient descent, fan-in and fan-out of some new unit have a gradient."""
+def test_new_units_learn_and_part(entry: Entry) -> None:
+    """After one step of plain gradient descent, fan-in and fan-out of some new unit have a gradient, and no two units
+    are the same: neither new ones nor copies and what they were copied from.
+    """
     structure = structure_of(entry)
-    for name, group in structure.groups.items():
-        model = entry.build()
-        learns = {n for n, p in model.named_parameters() if p.requires_grad}
-        if group.obstacle is not None or not any(axis.tensor in learns for axis in group.axes):
-            continue
-        with about(group):
-            lg.apply_(model, [lg.widen(group, 4 * group.step)])
-            loss_of(entry, model).backward()
-            torch.optim.SGD(model.parameters(), lr=1e-2).step()
-            model.zero_grad()
-            loss_of(entry, model).backward()
-            index = torch.tensor([*range(group.size), *[-1] * (4 * group.step)])
-            for role in ("produced", "consumed"):
-                seen = []
-                for axis in group.with_role(role):
-                    new = entry_index(axis.layout, structure.sizes_in(entry.build()), {name: index}) < 0
-                    grad = tensor_of(model, axis.tensor).grad
-                    if axis.tensor in learns and grad is not None:
-                        seen.append(grad.movedim(axis.dim, 0)[new].abs().max().item())
-                assert not seen or max(seen) > 0, f"no gradient for {role} entries"
+    learns = {n for n, p in entry.build().named_parameters() if p.requires_grad}
+    for batch in batches(entry):
+        learning = [g for g in batch if g.obstacle is None and any(axis.tensor in learns for axis in g.axes)]
+        for edit_of in (lambda group: lg.widen(group, 4 * group.step), EDITS["split all"]) if learning else ():
+            edits = {group.name: edit_of(group) for group in learning}
+            with about(batch):
+                model = entry.build()
+                before = structure.sizes_in(model)
+                lg.apply_(model, edits.values())
+                loss_of(entry, model).backward()
+                torch.optim.SGD(model.parameters(), lr=1e-2).step()
+                model.zero_grad()
+                loss_of(entry, model).backward()
+                for edit in edits.values():
+                    with about([edit.group]):
+                        if -1 in edit.index:
+                            assert_new_units_learn(edit.group, edits, before, model, learns)
+                        assert_no_twins(edit.group, structure.sizes_in(model), model, learns)
 
 
-@every_model
+def assert_new_units_learn(
+    group: AxisGroup, edits: dict[str, lg.Edit], sizes: dict[str, int], model: nn.Module, learns: set[str]
+) -> None:
+    """Some entry of a new unit has a gradient, in the fan-in and in the fan-out."""
+    index = {name: torch.tensor(edit.index) for name, edit in edits.items()}
+    index = {name: units if name == group.name else units.clamp(min=0) for name, units in index.items()}
+    for role in ("produced", "consumed"):
+        seen = []
+        for axis in group.with_role(role):
+            new = entry_index(axis.layout, sizes, index) < 0
+            grad = tensor_of(model, axis.tensor).grad
+            if axis.tensor in learns and grad is not None:
+                seen.append(grad.movedim(axis.dim, 0)[new].abs().max().item())
+        assert not seen or max(seen) > 0, f"no gradient for {role} entries"
+
+
+def assert_no_twins(group: AxisGroup, sizes: dict[str, int], model: nn.Module, learns: set[str]) -> None:
+    """No two units of a group have the same weights everywhere; but what nothing reads does not learn."""
+    units = []
+    for axis in group.axes if sizes[group.name] > 1 and group.with_role("consumed") else ():
+        if axis.tensor in learns:
+            weight = tensor_of(model, axis.tensor).detach().movedim(axis.dim, 0)
+            own = entry_index(axis.layout, sizes, {group.name: torch.tensor([-1])}) < 0
+            chosen = [torch.tensor([unit]) for unit in range(sizes[group.name])]
+            entries = [entry_index(axis.layout, sizes, {group.name: unit})[own] for unit in chosen]
+            units.append(torch.stack([weight[i].flatten() for i in entries]))
+    if units:
+        rows = torch.cat(units, dim=1)
+        assert len(torch.unique(rows, dim=0)) == len(rows), "units are twins"
+
+
 def test_a_state_dict_round_trips_into_a_fresh_model(entry: Entry) -> None:
     structure, grown = structure_of(entry), widened(entry)
     small, large = entry.build().state_dict(), grown.state_dict()
@@ -337,7 +384,6 @@ def test_a_state_dict_round_trips_into_a_fresh_model(entry: Entry) -> None:
         torch.testing.assert_close(entry.outputs(fresh.eval()), expected, rtol=0, atol=0)
 
 
-@every_model
 def test_a_state_dict_of_torch_modules_needs_no_structure(entry: Entry) -> None:
     structure, grown = structure_of(entry), widened(entry)
     holders = [grown.get_submodule(a.module) for group in structure.groups.values() for a in group.attributes]
@@ -351,7 +397,6 @@ def test_a_state_dict_of_torch_modules_needs_no_structure(entry: Entry) -> None:
     assert plain_attributes(fresh) == plain_attributes(grown)
 
 
-@every_model
 def test_tracing_again_gives_the_resized_structure(entry: Entry) -> None:
     """Names stay, and the second trace is made in eval mode: the mode does not matter.
 
@@ -368,8 +413,13 @@ def test_tracing_again_gives_the_resized_structure(entry: Entry) -> None:
     assert again.stacks == expected.stacks
 
 
-@every_model
 def test_a_structure_survives_as_plain_data(entry: Entry) -> None:
     structure = structure_of(entry)
     assert lg.Structure.from_dict(structure.to_dict()) == structure
     assert all(name in str(structure) for name in structure.groups)
+
+
+def test_random_edits_break_nothing(entry: Entry) -> None:
+    """A tenth of what ``python -m tests.fuzz`` does, over all models."""
+    tally = fuzz(entry, structure_of(entry), seed=0)
+    assert sum(tally.edits.values()) >= PER_EPISODE

@@ -1,4 +1,7 @@
-"""Tiny models with what is known about their hidden widths: perceptrons here, the others in `zoo_*.py`."""
+"""Tiny models with what is known about their hidden widths: perceptrons here, the others in `zoo_*.py`.
+
+`ZOO` holds those that were written for the tests, `THIRD_PARTY` those that others wrote, `EVERYTHING` both.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,11 @@ from tests import (
     zoo_settings,
 )
 from tests.zoo_entry import ZOO, Entry, Model, Width, entry, normal, weight
+from tests.zoo_third_party import THIRD_PARTY
 
 __all__ = [
+    "EVERYTHING",
+    "THIRD_PARTY",
     "ZOO",
     "Entry",
     "Width",
@@ -193,3 +199,6 @@ def frozen_backbone() -> nn.Module:
 
     backbone = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.Tanh()).requires_grad_(False)
     return Model(forward, backbone=backbone, head=nn.Linear(6, 3))
+
+
+EVERYTHING = ZOO | THIRD_PARTY

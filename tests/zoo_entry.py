@@ -6,6 +6,7 @@ their neutral values, so that a slice that went to the wrong place shows in the 
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 ZOO: dict[str, Entry] = {}
@@ -52,6 +54,8 @@ class Entry:
         pinned: Labels of axes that must be pinned.
         stochastic: Whether train mode draws random numbers.
         obstacles_only: Whether every group found must have an obstacle.
+        third_party: Whether others wrote it: its weights are made large enough for each of them to count, and it is run
+            without the casts to single precision that such models make inside.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Entry:
     pinned: tuple[str, ...] = ()
     stochastic: bool = False
     obstacles_only: bool = False
+    third_party: bool = False
 
     def build(self) -> nn.Module:
         """Return the model in float64 and train mode; two calls give equal models."""
@@ -71,6 +76,8 @@ class Entry:
                 for parameter in model.parameters():
                     if parameter.ndim < 2:
                         parameter.add_(torch.rand_like(parameter), alpha=0.3)
+                    elif self.third_party:
+                        parameter.add_(torch.randn_like(parameter), alpha=0.2)
                 for name, buffer in model.named_buffers():
                     if name.endswith("running_mean"):
                         buffer.normal_(0, 0.3)
@@ -87,7 +94,18 @@ class Entry:
     def outputs(self, model: nn.Module) -> list[Tensor]:
         """Return all tensors that ``model`` answers, in a fixed order."""
         args, kwargs = self.inputs()
-        return tensors_in(model(*args, **kwargs))
+        with InDouble() if self.third_party else contextlib.nullcontext():
+            return [t for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point() or not self.third_party]
+
+
+class InDouble(TorchDispatchMode):
+    """Skips casts from double to single precision, which would hide small mistakes behind rounding."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.float32:
+            kwargs["dtype"] = torch.float64 if args[0].dtype == torch.float64 else torch.float32
+        return func(*args, **kwargs)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

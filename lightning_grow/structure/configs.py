@@ -11,7 +11,6 @@ import copy
 import inspect
 import itertools
 import logging
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -25,9 +24,9 @@ from lightning_grow.structure.holders import Holders, is_settings, read, write
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 5.0
+_MOST_MODULES = 5000
 _MOST_PAIRS = 12
-_MOST_DEFAULTS = 24
+_MOST_DEFAULTS = 8
 
 Shapes = dict[str, tuple[int, ...]]
 Built = tuple[Shapes, dict[str, float]]
@@ -96,11 +95,10 @@ class _Meaning:
         except Exception as error:  # the model's own code: anything can happen
             raise _NoClaimError(f"it cannot be copied ({error})") from error
         holders = Holders({"": self._stub})
-        start = time.monotonic()
+        if sum(1 for _ in module.modules()) > _MOST_MODULES:
+            raise _NoClaimError("building it takes long")
         with holders.noting():
             self._now = self._built({})
-        if time.monotonic() - start > _PATIENCE:
-            raise _NoClaimError("building it takes long")
         if self._now is None or self._now[0] != _shapes(module):
             raise _NoClaimError("the class cannot be built from it, or has other shapes then")
         first: dict[int, str] = {}
@@ -153,7 +151,8 @@ class _Meaning:
         """Return the entries that stand for groups: alone, two together, or one that is left to its default."""
         found: dict[str, list[list[Setting]]] = {}
         touching: dict[str, set[str]] = {}
-        for name, value in self._entries.items():
+        counts = {n: v for n, v in self._entries.items() if any(v % size == 0 for size in self._sizes.values())}
+        for name, value in counts.items():
             moved = self._moved({name: 2 * value}) or {}
             if not self._add(found, {name: value}, moved):
                 for group in self._touched(moved):

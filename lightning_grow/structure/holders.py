@@ -133,18 +133,21 @@ def put(owner: Any, step: Step, value: Any) -> None:
 
 
 def held(modules: Iterable[nn.Module]) -> list[Any]:
-    """Return the objects and containers that modules hold and that can be changed, each once."""
+    """Return the objects and containers that modules hold and that can be changed, each once.
+
+    What every module keeps (its parameters, children and hooks) is not among them.
+    """
     known: dict[int, tuple[Any, bool]] = {}
-    queue = deque((value, _DEEPEST, n) for m in modules for n, value in m.__dict__.items() if type(value) not in _QUICK)
+    first = ((name, value) for module in modules for name, value in module.__dict__.items())
+    queue = deque((value, _DEEPEST) for name, value in first if name not in OF_MODULES and type(value) not in _QUICK)
     while queue:
-        value, depth, name = queue.popleft()
-        inside = depth and name not in OF_MODULES
+        value, depth = queue.popleft()
         if isinstance(value, tuple):
-            queue.extend((v, depth - 1, name) for v in value if inside and type(v) not in _QUICK)
+            queue.extend((v, depth - 1) for v in value if depth and type(v) not in _QUICK)
         elif id(value) not in known:
             known[id(value)] = value, isinstance(value, _MUTABLE) or is_settings(value)
-            if known[id(value)][1] and inside:
-                queue.extend((v, depth - 1, name) for _, v in contents(value) if type(v) not in _QUICK)
+            if known[id(value)][1] and depth:
+                queue.extend((v, depth - 1) for _, v in contents(value) if type(v) not in _QUICK)
     return [value for value, is_held in known.values() if is_held]
 
 

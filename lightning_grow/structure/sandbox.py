@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
 from lightning_grow.structure.axes import Attribute
-from lightning_grow.structure.holders import held, saved, write
+from lightning_grow.structure.holders import OF_MODULES, held, saved, write
 from lightning_grow.structure.states import cut_state, is_state, put_state, resized_state, state_at, states
 
 
@@ -22,6 +22,12 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Put back what modules keep, also in the objects that they hold, and random generators, however the body ends."""
     modules = [(module, dict(module.__dict__)) for module in model.modules()]
     inner = [saved(value) for value in held(model.modules())]
+    tables = [
+        (value, value.copy() if value else None)  # most are empty: hooks that nobody has registered
+        for _, attributes in modules
+        for name, value in attributes.items()
+        if name in OF_MODULES and isinstance(value, (dict, set))
+    ]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         try:
@@ -29,6 +35,10 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         finally:
             for restore in inner:
                 restore()
+            for value, before in tables:
+                value.clear()
+                if before is not None:
+                    value.update(before)
             for module, attributes in modules:
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
