@@ -9,12 +9,13 @@ stands against it, the function must be the same as before.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import fnmatch
 import functools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -199,7 +200,7 @@ class _Episode:
         """Make one step in the modes that the modules are in."""
         self.log.append("step")
         self.optimizer.zero_grad()
-        with torch.random.fork_rng(devices=[]):
+        with self._kept(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.torch_seed)
             outputs = [t for t in self.entry.outputs(self.model) if t.requires_grad]
         if outputs:
@@ -261,20 +262,26 @@ class _Episode:
         return {name: p.requires_grad for name, p in self.model.named_parameters()}
 
     def _answers(self) -> list[Tensor]:
-        """Return the outputs in eval mode, and leave modes and buffers as they were."""
-        modes = {module: module.training for module in self.model.modules()}
+        """Return the outputs in eval mode, and leave modes, buffers and what modules keep as they were."""
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.torch_seed)
-                answers = [t.clone() for t in self.entry.outputs(self.model.eval())]
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        with self._kept(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.torch_seed)
+            answers = [t.clone() for t in self.entry.outputs(self.model.eval())]
+        for buffer, value in buffers:
+            buffer.copy_(value)
         assert all(bool(t.isfinite().all()) for t in answers), "outputs are not finite"
         return answers
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Leave the attributes of modules as they were: modes, and states that are kept between batches."""
+        kept = [(vars(module), dict(vars(module))) for module in self.model.modules()]
+        try:
+            yield
+        finally:
+            for attributes, before in kept:
+                attributes.clear()
+                attributes.update(before)
 
     def _same(self, before: list[Tensor], after: list[Tensor]) -> None:
         for old, new in zip(before, after, strict=True):
