@@ -90,9 +90,9 @@ def qwen3() -> nn.Module:
 
 @third_party(ids(2, 9))
 def mixtral() -> nn.Module:
-    """A mixture of experts: each token goes to two of four; one after the other, as grouped kernels know no double."""
+    """A mixture of experts, of which each token goes to two of four; grouped kernels know no double."""
     model = build("MixtralForCausalLM", **_decoder(), num_local_experts=4, num_experts_per_tok=2)
-    model.set_experts_implementation("eager")
+    model.set_experts_implementation("batched_mm")
     return model
 
 

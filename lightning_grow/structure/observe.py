@@ -76,7 +76,7 @@ class Trace:
         looked_up: Raw symbols of axes along which an operator looks entries up by their index.
         produced: Raw symbols of axes that make units somewhere, whatever else they do (a tied embedding reads them).
         opaque: Sizes that go into modules that cannot be traced, and which.
-        repeated: Modules that were taken for others.
+        repeated: Modules that were taken for others, and for which.
         from_input: Raw symbols that became constants where they met the model's input.
     """
 
@@ -97,7 +97,7 @@ class Trace:
     looked_up: set[Expr] = field(default_factory=set)
     produced: set[Expr] = field(default_factory=set)
     opaque: list[tuple[Expr, str]] = field(default_factory=list)
-    repeated: set[str] = field(default_factory=set)
+    repeated: dict[str, str] = field(default_factory=dict)
     from_input: set[Expr] = field(default_factory=set)
 
 

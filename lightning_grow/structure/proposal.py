@@ -171,7 +171,7 @@ class Proposal:
             elif expr is None:
                 self.pinned[label] = self._why_static(tensor, dim)
             elif not expr.free_symbols:
-                self.pinned[label] = self._why_fixed(raw)
+                self.pinned[label] = self._why_fixed(raw, isinstance(self.subject.named[tensor], nn.Parameter))
             else:
                 options = self.resolver.layouts(raw)
                 if options:
@@ -193,7 +193,7 @@ class Proposal:
             return "not a floating-point tensor"
         return "kernel extent"
 
-    def _why_fixed(self, raw: Expr) -> str:
+    def _why_fixed(self, raw: Expr, matters: bool) -> str:
         symbol, reason = self.solution.reason(raw)
         if reason is not None:
             return reason
@@ -205,7 +205,8 @@ class Proposal:
         if not where:
             return f"fixed at {size}"
         path = where.split("'")[1] if where.startswith("'") else ""
-        self.fixed_sizes |= {(size, path), *((part, path) for part in self._parts.get(raw, ()))}
+        if matters:  # a buffer alone does not: what it is for shows in the parameters
+            self.fixed_sizes |= {(size, path), *((part, path) for part in self._parts.get(raw, ()))}
         if operator in ("view", "_unsafe_view", "reshape", "expand"):
             return f"literal {size} in a {operator} in {where}"
         return f"meets a fixed size of {size} in {where}"

@@ -202,7 +202,7 @@ class Repeats:
     def _again(self, first: _Seen, path: str, call: _Call) -> Any:
         symbols = dict(zip(first.raw, call.raw, strict=True)) | dict(zip(first.symbols, call.symbols, strict=True))
         symbols = {a: b for a, b in symbols.items() if a.is_Symbol}
-        self._observer.trace.repeated.add(path)
+        self._observer.trace.repeated[path] = first.path
         self._observer.repeat(first.start, first.end, symbols, (first.path, path))
         used = self._observer.trace.used
         used |= {mine for theirs, mine in zip(first.tensors, call.tensors, strict=True) if theirs in used}

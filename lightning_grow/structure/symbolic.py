@@ -238,8 +238,10 @@ class _Probing(TorchFunctionMode):
         env.strict = True
         try:
             return func(*args, **kwargs)
-        except Exception:  # the engine wraps what is raised inside it
+        except Exception as error:  # the engine wraps what is raised inside it
             env.strict = False
+            if _reads_values(error):
+                raise
             found = probe(func, args, kwargs, env)
         finally:
             env.strict = False

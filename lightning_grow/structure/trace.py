@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,8 +143,14 @@ class _Tracer:
         proposal = self._in_both_modes(self._propose(bound), bound)
         proposal = self._freed(proposal, bound)
         groups, pinned = self._verified(proposal)
-        tensors = [*proposal.unused, *(label.rpartition("[")[0] for label in pinned)]
-        return groups, proposal.pinned | pinned, _taken_for_others(tensors, proposal.seen.repeated)
+        seen = proposal.seen.repeated
+        doubtful = _taken_for_others(proposal.unused, seen)
+        refused = {axis.tensor for g in proposal.groups if g.name not in groups for axis in g.axes}
+        for tensor in refused:
+            # Where what it was taken for is refused, too, or was not found at all, to look again would not help.
+            twin = next((tensor.replace(p, first, 1) for p, first in seen.items() if tensor.startswith(f"{p}.")), None)
+            doubtful |= _taken_for_others([tensor], seen) if twin is not None and twin not in refused else set()
+        return groups, proposal.pinned | pinned, doubtful
 
     def _in_both_modes(self, proposal: Proposal, bound: Mapping[Bound, Source]) -> Proposal:
         """Return what is found in eval and train mode together, if parameters are used in one of them only."""
@@ -173,6 +180,10 @@ class _Tracer:
             try:
                 proposal = Proposal(self.subject, self._run(bound, narrow))
             except UntraceableError as error:
+                if not narrow and self.modes == (None,) and self.model.training and self._runs_in_eval_mode():
+                    self.modes = (False,)  # a batch norm of a single example, for one
+                    narrow = dict.fromkeys(self._axes_of_one(), _PRETENDED)
+                    continue
                 if not narrow and self._closed(error):
                     narrow = dict.fromkeys(self._axes_of_one(), _PRETENDED)
                     continue
@@ -190,6 +201,18 @@ class _Tracer:
                     return proposal
             for key in drop:
                 del narrow[key]
+
+    def _runs_in_eval_mode(self) -> bool:
+        """Return whether the model fails on data in the mode that it is in, and runs in eval mode."""
+        runs = []
+        for mode in (None, False):
+            try:
+                record_outputs(self.model, partial(self._call_in, mode), ())
+            except Exception:  # the model's own code: anything can happen
+                runs.append(False)
+            else:
+                runs.append(True)
+        return runs == [False, True]
 
     def _closed(self, error: UntraceableError) -> bool:
         """Close a module that cannot be traced, and others of its class: they are not run, and nothing in them varies.
@@ -295,7 +318,7 @@ class _Tracer:
         """
         equal: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
         dividing: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
-        for size, where in proposal.fixed_sizes:
+        for size, where in sorted(proposal.fixed_sizes):
             path = where
             while True:
                 module = self.modules[path]
@@ -317,9 +340,9 @@ class _Tracer:
         single = list(equal.values())
         both = [together | kind for kind in own[:_MOST_PAIRS]] if together else []
         fewer = [
-            {k: v for k, v in together.items() if k not in kind} for kind in single[:_MOST_PAIRS] if len(single) > 2
+            {k: v for k, v in together.items() if k not in kind} for kind in single[:_MOST_PAIRS] if len(single) > 1
         ]
-        trials = ([together] if together else []) + both + own[:_MOST_KINDS] + held[:_MOST_HELD] + fewer
+        trials = ([together] if together else []) + both + own[:_MOST_KINDS] + fewer + held[:_MOST_HELD]
         return trials[:_MOST_TRIALS]
 
     def _freed(self, proposal: Proposal, bound: dict[Bound, Source]) -> Proposal:
@@ -360,7 +383,8 @@ class _Tracer:
         chosen, reasons = choose_layouts(trials, [trials.cut(g) for g in proposal.groups], options)
         judged, more = judge(trials, chosen, proposal.mixing)
         reasons |= more
-        judged = with_exact_recipes(trials, judged, proposal.norms(), proposal.written)
+        with trials.with_noise():
+            judged = with_exact_recipes(trials, judged, proposal.norms(), proposal.written)
         full = {g.name: g.size for g in proposal.groups}
         judged = [replace(g, size=full[g.name]) for g in judged]
         groups, pinned = _without(judged, proposal.groups, reasons)

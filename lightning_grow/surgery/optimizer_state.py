@@ -278,7 +278,8 @@ class _Follow:
 
     def _tensor(self, state: Tensor, name: str) -> Tensor:
         old_shape = self._plan.old_shape
-        if state.ndim == 0 or name == "step" or (state.numel() <= 1 and state.shape != old_shape):
+        is_factor = state.ndim == len(old_shape) > 1  # of a parameter with a single row, say
+        if state.ndim == 0 or name == "step" or (state.numel() <= 1 and state.shape != old_shape and not is_factor):
             return state
         described = f"'{name}' of shape {tuple(state.shape)} and type {state.dtype} does not follow its parameter"
         is_code = state.is_quantized or (state.element_size() == 1 and state.dtype != torch.bool)
@@ -335,6 +336,10 @@ def _parameter_dims(
     A dimension that is not one of the parameter's (averaged away and kept with length 1, or a history) is None.
     """
     ndim = len(old_shape)
+    averaged = ndim - 1 if "row" in name else ndim - 2 if "col" in name else ndim
+    factor = torch.Size(1 if d == averaged else n for d, n in enumerate(old_shape))
+    if averaged < ndim > 1 and 1 in old_shape and shape == factor:  # lengths alone do not tell
+        return tuple(None if d == averaged else d for d in range(ndim))
     if shape == old_shape:
         return tuple(range(ndim))
     if len(shape) == ndim and all(n in (1, o) for n, o in zip(shape, old_shape, strict=True)):

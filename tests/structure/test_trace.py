@@ -351,3 +351,11 @@ def test_what_could_not_be_tried_promises_nothing() -> None:
     model = Model(lambda self, x: self.layers(x).sum().item(), layers=perceptron())
     structure = lg.trace(model, torch.ones(4, 5))
     assert all(group.obstacle is not None for group in structure.groups.values())
+
+
+def test_a_model_that_only_runs_in_eval_mode_is_traced_in_it() -> None:
+    """A batch norm on a single example fails in train mode, in which the model may well be."""
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).train()
+    structure = lg.trace(model, torch.randn(1, 5))
+    assert structure["0"].obstacle is None
+    assert model.training

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from lightning_grow.structure.axes import AxisGroup, Block, Units
 from lightning_grow.surgery import Edit, apply_, prune, split, widen
+from lightning_grow.surgery.optimizer_state import plan_state
+from lightning_grow.surgery.plan import AxisMap, TensorPlan
 from tests.surgery.models import Case, assert_same, gated, group_of, perceptron, snapshot
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -228,3 +230,14 @@ def test_an_average_of_the_weights_gets_the_same_new_values_as_the_weights() -> 
     apply_(case.model, [widen(case.group("0"), 2)], [case.optimizer])
     weight = case.model[0].weight
     assert torch.equal(case.optimizer.state[weight]["ax"][6:], weight[6:].detach())
+
+
+def test_factored_squares_of_a_single_row_grow_as_rows_and_columns() -> None:
+    """Of a parameter of shape (1, 9), the mean over rows has the shape of the parameter itself."""
+    weight = nn.Parameter(torch.randn(1, 9))
+    optimizer = torch.optim.Adafactor([weight])
+    weight.square().sum().backward()
+    optimizer.step()
+    maps = (AxisMap(0, "produced", torch.tensor([0, -1])),)
+    state = plan_state(optimizer, weight, TensorPlan("weight", maps, weight.shape, torch.randn(2, 9)))
+    assert (state["row_var"].shape, state["col_var"].shape) == ((2, 1), (1, 9))
