@@ -1,4 +1,4 @@
-"""The page of models that others wrote: its reference tells right from wrong."""
+"""The page of models that others wrote: it names them all, and its reference tells right from wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from tests.test_zoo import structure_of
-from tests.zoo import ZOO
+from tests.zoo import THIRD_PARTY, ZOO
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -75,3 +75,8 @@ def test_a_norm_is_told_apart(peer: ModuleType) -> None:
     entry = ZOO["layer_norm"]
     whole = entry.outputs(entry.build().eval())
     assert peer.outcome(entry, peer.ours_cut(structure_of(entry), "0"), whole)[0] == "norm"
+
+
+def test_the_page_names_every_model_of_the_tests() -> None:
+    page = (DOCS / "models.md").read_text()
+    assert all(f"`{name}`" in page for name in THIRD_PARTY)
