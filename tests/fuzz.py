@@ -180,7 +180,13 @@ class _Episode:
         at = self.random.randint(stack.first, len(stack.blocks))
         before = self._answers()
         self.log.append(f"insert a block at {at} of '{stack.name}'")
-        lg.insert_(self.model, stack, at, optimizers=[self.optimizer])
+        try:
+            lg.insert_(self.model, stack, at, optimizers=[self.optimizer])
+        except lg.StructureError as refusal:  # widths that were equal in the trace have been edited apart
+            if "no longer as wide" not in str(refusal):
+                raise
+            self.log.append("refused")
+            return False
         self.tally.edits["insert"] += 1
         self._same(before, self._answers())
         self.tally.kept["insert"] += 1
@@ -280,6 +286,9 @@ class _Episode:
             yield
         finally:
             for attributes, before in kept:
+                if self.entry.third_party:  # those note which hooks they have put on
+                    attributes["training"] = before["training"]
+                    continue
                 attributes.clear()
                 attributes.update(before)
 

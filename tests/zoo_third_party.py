@@ -208,7 +208,7 @@ def lightning_transformer() -> nn.Module:
     """Lightning's demo: `nn.Transformer` on word numbers; inputs and targets share the embedding."""
     from lightning.pytorch.demos import Transformer
 
-    return Transformer(VOCABULARY, ninp=24, nhead=3, nhid=40, nlayers=2)
+    return Transformer(VOCABULARY, ninp=24, nhead=4, nhid=40, nlayers=2)
 
 
 @third_party(tokens(VOCABULARY, 2, 7), stochastic=True)

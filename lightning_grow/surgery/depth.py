@@ -74,6 +74,7 @@ def insert_(model: nn.Module, stack: Stack, at: int, optimizers: Iterable[Any] =
         memberships = _memberships(model, optimizers)
         with Commit(model, [*neighbour.parameters(), *neighbour.buffers()]) as commit:
             block = _copy(model, neighbour, (*stack.zeroed, *stack.identity), stack.name)
+            _check_square(block, stack)
             make_identity_(block, stack.zeroed, stack.identity)
             later = _behind(container, blocks[-1])
             _count(commit, model, stack, at, insert=True)
@@ -141,6 +142,17 @@ def _blocks(model: nn.Module, stack: Stack) -> tuple[str, list[nn.Module]]:
             f"The model does not have the blocks of stack '{stack.name}' ({error}). Trace it again after each change "
             "of depth."
         ) from error
+
+
+def _check_square(block: nn.Module, stack: Stack) -> None:
+    """Refuse a block that cannot be the identity any more, since what goes in and what comes out differ in width."""
+    for name in stack.identity:
+        shape = tuple(block.get_parameter(name).shape)
+        if shape[0] != shape[1]:
+            raise StructureError(
+                f"A new block in '{stack.name}' cannot start as the identity: its '{name}' has shape {shape}, so what "
+                "goes in is no longer as wide as what comes out. Trace the model again after widths have changed."
+            )
 
 
 def _memberships(model: nn.Module, optimizers: Iterable[Any]) -> list[Membership]:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_grow.structure import trace
 from lightning_grow.structure.axes import Stack
 from lightning_grow.structure.errors import StructureError
-from lightning_grow.surgery import depth, insert_, remove_
+from lightning_grow.surgery import apply_, depth, insert_, prune, remove_
 from tests.surgery.models import assert_same, snapshot
 
 
@@ -315,3 +316,16 @@ def test_bad_arguments_are_refused_and_nothing_changes() -> None:
     forced = copy.deepcopy(model)
     insert_(forced, obstacle, 1, preserve=False)
     assert len(forced.blocks) == 3
+
+
+def test_a_block_whose_ends_have_been_edited_apart_is_refused() -> None:
+    """Plain layers of equal width are a stack; after one of the widths has changed, no identity fits between them."""
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Sequential(*layers), nn.Linear(8, 3))
+    structure = trace(model, torch.randn(4, 5))
+    stack = structure.stacks["2"]
+    apply_(model, [prune(structure["2.1.0"], [0])])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(StructureError, match="no longer as wide"):
+        insert_(model, stack, len(stack.blocks))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
