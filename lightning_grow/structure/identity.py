@@ -83,6 +83,11 @@ def make_identity_(block: nn.Module, zeroed: tuple[str, ...], identity: tuple[st
 def find_identity(block: nn.Module, call: Call) -> Identity | None:
     """Return the parameters to set to zero and to the identity, or None if neither makes the block the identity."""
     trial = copy.deepcopy(block).eval()
+    for path, module in trial.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):  # statistics do not stay as they are before training
+            for statistic in (module.running_mean, module.running_var):
+                if statistic is not None:
+                    statistic.data.copy_(perturbed(path, statistic))
     parameters = dict(trial.named_parameters())
     values = {n: perturbed(n, p.detach()) for n, p in parameters.items()}
     for parameter in parameters.values():

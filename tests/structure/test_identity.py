@@ -207,3 +207,26 @@ def test_searching_leaves_blocks_as_they_are() -> None:
     before = copy.deepcopy(model.state_dict())
     find_stacks(model, model, (x,), {})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_statistics_of_a_batch_norm_that_has_not_been_trained_prove_nothing() -> None:
+    """With running means of zero, zeros in front of the last norm would do; after some steps they no longer would."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.norm(self.conv(x))
+
+    layers = nn.Sequential(Residual(), Residual())
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), layers, nn.Flatten(), nn.LazyLinear(3))
+    x = torch.randn(4, 1, 6, 6)
+    model(x)
+    stack = lg.trace(model, x).stacks["1"]
+    for _ in range(3):
+        model.train()(x + 1)
+    before = model.eval()(x).detach()
+    lg.insert_(model, stack, 2)
+    torch.testing.assert_close(model.eval()(x), before)
