@@ -146,10 +146,7 @@ class _Tracer:
         seen = proposal.seen.repeated
         doubtful = _taken_for_others(proposal.unused, seen)
         refused = {axis.tensor for g in proposal.groups if g.name not in groups for axis in g.axes}
-        for tensor in refused:
-            # Where what it was taken for is refused, too, or was not found at all, to look again would not help.
-            twin = next((tensor.replace(p, first, 1) for p, first in seen.items() if tensor.startswith(f"{p}.")), None)
-            doubtful |= _taken_for_others([tensor], seen) if twin is not None and twin not in refused else set()
+        doubtful |= _taken_for_others(sorted(refused), seen)
         return groups, proposal.pinned | pinned, doubtful
 
     def _in_both_modes(self, proposal: Proposal, bound: Mapping[Bound, Source]) -> Proposal:
