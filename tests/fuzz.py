@@ -206,7 +206,7 @@ class _Episode:
         """Make one step in the modes that the modules are in."""
         self.log.append("step")
         self.optimizer.zero_grad()
-        with self._kept(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.torch_seed)
             outputs = [t for t in self.entry.outputs(self.model) if t.requires_grad]
         if outputs:

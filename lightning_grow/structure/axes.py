@@ -203,6 +203,7 @@ class Stack:
         obstacle: None when a new block can start as the identity, otherwise why it cannot.
         counts: Numbers that count the blocks, as module and path: ``("", "config.num_layers")``.
         per_block: Lists with an entry for each block, likewise.
+        uncounted: Modules that could be built anew from their configuration, in which no entry counts the blocks.
     """
 
     name: str
@@ -213,6 +214,7 @@ class Stack:
     obstacle: str | None = None
     counts: tuple[tuple[str, str], ...] = ()
     per_block: tuple[tuple[str, str], ...] = ()
+    uncounted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

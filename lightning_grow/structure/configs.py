@@ -55,7 +55,7 @@ def expressed(
         for name, group in groups.items():
             inside = all(axis.tensor.startswith(f"{path}." if path else "") for axis in group.axes)
             mine = tuple(s for s in settings if any(u.group == name for u, _ in s.counts))
-            mine = mine or ((Setting(path, "config"),) if inside else ())
+            mine = mine or ((Setting(path, "config"),) if inside and meaning.expresses else ())
             groups[name] = replace(group, settings=(*group.settings, *mine))
     return groups, stacks
 
@@ -99,8 +99,9 @@ class _Meaning:
             raise _NoClaimError("building it takes long")
         with holders.noting():
             self._now = self._built({})
-        if self._now is None or self._now[0] != _shapes(module):
-            raise _NoClaimError("the class cannot be built from it, or has other shapes then")
+        if self._now is None or self._now[0].keys() != _shapes(module).keys():
+            raise _NoClaimError("the class cannot be built from it, or has other parameters then")
+        self.expresses = self._now[0] == _shapes(module)
         first: dict[int, str] = {}
         named = module.named_parameters(remove_duplicate=False)
         self._first = {name: first.setdefault(id(p), name) for name, p in named}
@@ -148,7 +149,12 @@ class _Meaning:
     # -- widths ----------------------------------------------------------------------------------------------------
 
     def settings(self) -> list[Setting]:
-        """Return the entries that stand for groups: alone, two together, or one that is left to its default."""
+        """Return the entries that stand for groups: alone, two together, or one that is left to its default.
+
+        A model with other shapes than the one built from its configuration has been resized: then there are none.
+        """
+        if not self.expresses:
+            return []
         found: dict[str, list[list[Setting]]] = {}
         touching: dict[str, set[str]] = {}
         counts = {n: v for n, v in self._entries.items() if any(v % size == 0 for size in self._sizes.values())}
@@ -215,11 +221,11 @@ class _Meaning:
         """Return a stack with the entries that count its blocks, and lists with an entry for each."""
         container, _, last = stack.blocks[-1].rpartition(".")
         prefix = f"{self.path}." if self.path else ""
-        if not stack.blocks[-1].startswith(prefix) or not last.isdigit() or self._now is None:
+        if not stack.blocks[-1].startswith(prefix) or self._now is None:
             return stack
         children = [n for n, _ in model.get_submodule(container).named_children()]
-        if children[-1] != last:
-            return stack
+        if children[-1] != last or not last.isdigit():
+            return replace(stack, uncounted=(*stack.uncounted, self.path))
         block = stack.blocks[-1].removeprefix(prefix)
         new = f"{container}.{int(last) + 1}".removeprefix(".").removeprefix(prefix)
         now = self._now[0]
@@ -243,7 +249,7 @@ class _Meaning:
                         if not any(_same_place(model, (self.path, n), place) for place in stack.per_block)
                     )
                     return replace(stack, counts=counts, per_block=(*stack.per_block, *more))
-        return stack
+        return stack if stack.counts else replace(stack, uncounted=(*stack.uncounted, self.path))
 
 
 def _shapes(module: nn.Module) -> Shapes:

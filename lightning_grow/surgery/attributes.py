@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_grow.structure.axes import Attribute, layout_length
 from lightning_grow.structure.errors import StructureError
-from lightning_grow.structure.holders import Step, get, located, read, replaced
-from lightning_grow.structure.modules import Kept, bookkeeping
+from lightning_grow.structure.holders import OF_MODULES, Step, get, located, read, replaced
+from lightning_grow.structure.modules import Kept, bookkeeping, of_input
 from lightning_grow.structure.states import is_state, resized_state, state_at
 
 
@@ -105,31 +105,47 @@ def following(kept: Iterable[tuple[nn.Module, Kept]]) -> Iterator[Change]:
             yield Change(module, Step(size.name, False), value)
 
 
-def guessed(model: nn.Module, resized: Mapping[int, torch.Size]) -> Iterator[Change]:
-    """Yield changes of integers that equal a changed axis of a parameter of the same module, and no other axis.
+def check_nothing_guessed(model: nn.Module, names: Mapping[int, str], resized: Mapping[int, torch.Size]) -> None:
+    """Refuse numbers that modules keep and that may be a size that changes: only a structure can tell.
 
     Args:
         model: The model.
-        resized: Shapes afterwards of the tensors that change, by id.
+        names: Names of the tensors that change, by id.
+        resized: Their shapes afterwards, by id.
+
+    Raises:
+        StructureError: If a module of the user's keeps a number that equals the length, of more than one entry, of an
+            axis in it that changes (it may as well be the size of a kernel or a number of heads); or a norm without
+            parameters one that equals any axis that changes.
     """
-    for module in model.modules():
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if not any(id(tensor) in resized for tensor in tensors):
-            continue
-        after: dict[int, set[int]] = {}
-        for tensor in tensors:
-            for old, new in zip(tensor.shape, resized.get(id(tensor), tensor.shape), strict=True):
-                after.setdefault(old, set()).add(new)
-        certain = {old: next(iter(new)) for old, new in after.items() if old > 1 and len(new) == 1}
-        for name, before in list(vars(module).items()):
-            if type(before) is int:
-                value: Any = certain.get(before, before)
-            elif isinstance(before, (tuple, list)) and before and all(type(entry) is int for entry in before):
-                value = _rebuilt(before, [certain.get(entry, entry) for entry in before])
-            else:
-                continue
-            if value != before:
-                yield Change(module, Step(name, False), value)
+    for path, module in model.named_modules():
+        above, numbers = _numbers_without_tensor(model, module)
+        for tensor in (*above.parameters(), *above.buffers()) if numbers else ():
+            after = resized.get(id(tensor), tensor.shape)
+            for dim, (old, new) in enumerate(zip(tensor.shape, after, strict=True)):
+                alike = [name for name, found in numbers.items() if old in found] if old not in (1, new) else []
+                if alike:
+                    raise StructureError(
+                        f"'{'.'.join(filter(None, [path, alike[0]]))}' of {type(module).__name__} has the value {old}, "
+                        f"as long as axis {dim} of '{names[id(tensor)]}', which becomes {new}. Whether it is that size "
+                        "only the structure can tell: trace the model and give it, resize_like_(..., structure)."
+                    )
+
+
+def _numbers_without_tensor(model: nn.Module, module: nn.Module) -> tuple[nn.Module, dict[str, list[int]]]:
+    """Return the numbers that a module keeps of which no tensor says what they count, and the module they may be of."""
+    if unknown := of_input(module, 0):
+        return model, {name: _integers(getattr(module, name)) for name, _ in unknown}
+    if type(module).__module__.startswith("torch.nn."):
+        return module, {}
+    known = {kept.name for kept in bookkeeping(module)} | OF_MODULES
+    found = {name: _integers(value) for name, value in vars(module).items() if name not in known}
+    return module, {name: numbers for name, numbers in found.items() if numbers}
+
+
+def _integers(value: Any) -> list[int]:
+    entries = value if isinstance(value, (tuple, list)) else [value]
+    return [entry for entry in entries if type(entry) is int]
 
 
 def _put(value: Any, index: int | None, entry: int) -> Any:

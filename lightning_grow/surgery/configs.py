@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_grow.structure.axes import AxisGroup, Setting
+from lightning_grow.structure.axes import AxisGroup, Setting, Stack
 from lightning_grow.structure.holders import get, located, read, replaced
 from lightning_grow.surgery.attributes import Change
 
@@ -65,11 +65,17 @@ def _agree(
         changes[key] = Change(owner, step, replaced(content, inside, value))
 
 
+def depth_warnings(model: nn.Module, stack: Stack) -> list[str]:
+    """Return what to say of configurations when a stack gets or loses a block: those in which nothing counts them."""
+    held = [path for path in stack.uncounted if getattr(model.get_submodule(path), "config", None) is not None]
+    return [_warning(model, path, [f"no entry counts the blocks of '{stack.name}'"]) for path in held]
+
+
 def _warning(model: nn.Module, path: str, problems: list[str]) -> str:
     kind = type(model.get_submodule(path)).__name__
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
     return (
         f"The configuration of {kind}{f' ({path!r})' if path else ''} cannot express the model any more: "
-        f"{'; '.join(problems[:3])}{more}. A model built from it will not have these shapes: "
-        "let it take them on with lg.resize_like_ before loading weights."
+        f"{'; '.join(problems[:3])}{more}. A model built from it will be another one: let it "
+        "take on depth and shapes, with lg.replay_ and lg.resize_like_, before loading weights."
     )

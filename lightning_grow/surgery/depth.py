@@ -8,6 +8,7 @@ tables, configurations) is shared with the new block too.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,11 @@ from lightning_grow.structure.counts import changes_of_depth, renumbered
 from lightning_grow.structure.errors import StructureError
 from lightning_grow.structure.identity import make_identity_
 from lightning_grow.structure.stacks import inserted, without
+from lightning_grow.surgery.configs import depth_warnings
 from lightning_grow.surgery.membership import Membership
 from lightning_grow.surgery.swap import Commit
+
+log = logging.getLogger(__name__)
 
 _PLAIN = (int, float, complex, str, bytes, type(None), type)
 
@@ -84,6 +88,7 @@ def insert_(model: nn.Module, stack: Stack, at: int, optimizers: Iterable[Any] =
             twins = _pairs(neighbour, block)
             for membership in memberships:
                 membership.add_(commit, twins, list(model.parameters()))
+        _warn(model, stack)
 
 
 def remove_(model: nn.Module, stack: Stack, at: int, optimizers: Iterable[Any] = ()) -> None:
@@ -128,6 +133,12 @@ def remove_(model: nn.Module, stack: Stack, at: int, optimizers: Iterable[Any] =
             gone = [p for p in blocks[at].parameters() if id(p) not in left]
             for membership in memberships:
                 membership.remove_(commit, gone)
+        _warn(model, stack)
+
+
+def _warn(model: nn.Module, stack: Stack) -> None:
+    for warning in depth_warnings(model, stack):
+        log.warning(warning)
 
 
 def _blocks(model: nn.Module, stack: Stack) -> tuple[str, list[nn.Module]]:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from lightning_grow.structure.axes import Attribute, Structure, layout_length, layout_units, stack_from_dict, tensor_of
 from lightning_grow.structure.errors import StructureError
-from lightning_grow.surgery.attributes import Change, described, following, guessed, kept_sizes, kept_states
+from lightning_grow.surgery.attributes import (
+    Change,
+    check_nothing_guessed,
+    described,
+    following,
+    kept_sizes,
+    kept_states,
+)
 from lightning_grow.surgery.configs import configured
 from lightning_grow.surgery.depth import insert_, remove_
 from lightning_grow.surgery.fill import edited
@@ -31,8 +38,9 @@ def resize_like_(
     """Take on the shapes of a state dict, and its values; all or nothing.
 
     Parameters keep their identity, as in `apply_`. Sizes that modules keep as Python integers follow: those of the
-    structure, those of torch's own modules, and integers that equal a changed axis of the same module and no other.
-    Tensors that are not in the state dict (non-persistent buffers) follow along the axes of the structure.
+    structure, and those of torch's own modules. Without a structure, numbers that equal a size that changes are
+    refused, and those that do not (a number of heads that divides a width) are left alone. Tensors that are not in the
+    state dict (non-persistent buffers) follow along the axes of the structure.
 
     Args:
         model: A model with the same names as the state dict's. Its hooks on ``load_state_dict`` are not called.
@@ -41,8 +49,9 @@ def resize_like_(
         optimizers: Optimizers of the model's parameters, whose state is to follow: cut off or filled at the end.
 
     Raises:
-        StructureError: If the state dict is of another model: names that differ, tensors of other dimensions. Nothing
-            has changed then, as after any other error.
+        StructureError: If the state dict is of another model: names that differ, tensors of other dimensions. If no
+            structure is given and a module keeps a number that may be the length of an axis that changes.
+            Nothing has changed then, as after any other error.
         ValueError: If an optimizer holds none of the model's parameters.
 
     Example:
@@ -56,8 +65,10 @@ def resize_like_(
         resized = _resized_tensors(model, values, structure)
         memories = [OptimizerMemory(optimizer, model.parameters()) for optimizer in optimizers]
         kept = kept_sizes(model)
-        shapes = {id(r.tensor): r.shape for r in resized}
-        changes = list(guessed(model, shapes)) if structure is None else _described(model, values, structure)
+        if structure is None:
+            names, shapes = {id(r.tensor): r.name for r in resized}, {id(r.tensor): r.shape for r in resized}
+            check_nothing_guessed(model, names, shapes)
+        changes = [] if structure is None else _described(model, values, structure)
         with Commit(model, [r.tensor for r in resized]) as commit:
             for r in resized:
                 check_swappable(r.name, r.tensor)

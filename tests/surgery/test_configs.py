@@ -186,13 +186,41 @@ def test_taking_on_a_state_dict_writes_the_configuration(structure: lg.Structure
     assert shapes(rebuilt(small)) == shapes(small)
 
 
-def test_a_class_that_is_not_built_from_its_configuration_claims_nothing() -> None:
+def test_depth_is_written_though_widths_are_not_expressed_any_more() -> None:
     """It was changed after it was built."""
     model = decoder()
     model.layers[0].up, model.layers[0].down = nn.Linear(12, 7), nn.Linear(7, 12)
     structure = lg.trace(model, X)
     assert all(not group.settings for group in structure.groups.values())
-    assert structure.stacks["layers"].counts == ()
+    lg.insert_(model, structure.stacks["layers"], 2)
+    assert (model.config.depth, model.config.kinds) == (3, ["a", "b", "b"])
+
+
+def test_a_class_that_is_not_built_from_its_configuration_claims_nothing() -> None:
+    model = decoder()
+    for layer in model.layers:
+        layer.extra = nn.Linear(2, 2)
+    structure = lg.trace(model, X)
+    assert all(not group.settings for group in structure.groups.values())
+    assert (structure.stacks["layers"].counts, structure.stacks["layers"].uncounted) == ((), ())
+
+
+def test_depth_that_no_entry_counts_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Fixed(Decoder):
+        """It always has two layers."""
+
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.layers = nn.ModuleList(Layer(config, 0) for _ in range(2))
+
+    model = Fixed(Config())
+    stack = lg.trace(model, X).stacks["layers"]
+    with caplog.at_level(logging.WARNING):
+        lg.insert_(model, stack, 2)
+        lg.remove_(model, lg.trace(model, X).stacks["layers"], 1)
+    assert [record.message for record in caplog.records if "no entry counts the blocks of 'layers'" in record.message]
+    assert all(text in caplog.records[0].message for text in ("Fixed", "lg.replay_"))
+    assert model.config.depth == 2
 
 
 def test_tracing_builds_nothing_that_stays_and_draws_no_random_numbers() -> None:

@@ -85,19 +85,32 @@ def test_tied_weights_hidden_buffers_and_other_dtypes() -> None:
     torch.testing.assert_close(small(torch.tensor([1, 2])), large.float()(torch.tensor([1, 2])))
 
 
-def test_integers_of_strangers_follow_only_where_they_are_unambiguous() -> None:
+def test_numbers_that_may_be_a_size_are_refused_without_a_structure() -> None:
     class Stranger(nn.Module):
         def __init__(self, inputs: int, outputs: int) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.randn(outputs, inputs))
-            self.inputs, self.sizes, self.heads = inputs, (inputs, outputs), 2
+            self.inputs, self.kernels, self.heads = inputs, (inputs, 5), 2
+
+    class Above(nn.Module):
+        def __init__(self, width: int, side: int) -> None:
+            super().__init__()
+            self.side = side
+            self.linear = nn.Linear(3, width)
 
     model = Stranger(3, 4)
     resize_like_(model, Stranger(3, 6).state_dict())
-    assert (model.inputs, model.sizes, model.heads) == (3, (3, 6), 2)
-    square = Stranger(4, 4)
-    resize_like_(square, Stranger(4, 2).state_dict())
-    assert square.sizes == (4, 4), "both axes were 4: nobody knows which one is meant"
+    assert (model.inputs, model.kernels, model.heads) == (3, (3, 5), 2)
+    for inputs, outputs, name in ((3, 5, "kernels"), (3, 2, "heads")):
+        model = Stranger(inputs, outputs)
+        with pytest.raises(StructureError, match=rf"'{name}' of Stranger has the value {outputs}.*trace the model"):
+            resize_like_(model, Stranger(inputs, 7).state_dict())
+        assert model.weight.shape == (outputs, inputs), "all or nothing"
+    with pytest.raises(StructureError, match=r"'0.side' of Above has the value 4, as long as axis 0 of '0.linear."):
+        resize_like_(nn.Sequential(Above(4, 4)), nn.Sequential(Above(6, 4)).state_dict())
+    normed = [nn.Sequential(nn.Linear(3, n), nn.LayerNorm(n, elementwise_affine=False)) for n in (4, 6)]
+    with pytest.raises(StructureError, match=r"'1\.normalized_shape' of LayerNorm has the value 4"):
+        resize_like_(normed[0], normed[1].state_dict())
     linear = nn.Linear(3, 4)
     linear.out_features = 99
     resize_like_(linear, nn.Linear(3, 5).state_dict())
