@@ -132,7 +132,15 @@ class _Episode:
         self.log += [", ".join(f"{kind} {edit}" for kind, edit in sorted(edits, key=str))]
         keeps = all(kind == "grow" or (kind != "prune" and edit.group.obstacle is None) for kind, edit in edits)
         before = self._answers()
-        lg.apply_(self.model, [edit for _, edit in edits], optimizers=[self.optimizer])
+        try:
+            lg.apply_(self.model, [edit for _, edit in edits], optimizers=[self.optimizer])
+        except lg.StructureError as refusal:  # an LSTM needs fewer projected than hidden units
+            if "do not go together" not in str(refusal):
+                raise
+            self.log.append("refused")
+            self._check()
+            self._same(before, self._answers())
+            return
         self._check()
         after = self._answers()
         self.tally.edits.update(kind for kind, _ in edits)

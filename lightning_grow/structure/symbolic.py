@@ -20,7 +20,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -34,6 +34,7 @@ from lightning_grow.structure.observe import INPUT, Bound, Expr, Observer, Trace
 from lightning_grow.structure.probe import probe
 from lightning_grow.structure.repeat import Repeats
 from lightning_grow.structure.replay import READS_VALUES, Made, plain_kernels
+from lightning_grow.structure.reshape import viewed
 from lightning_grow.structure.sandbox import set_size, swap_in, tensors_in, unchanged
 from lightning_grow.structure.states import is_state, put_state, state_at, states
 from lightning_grow.structure.twins import PlainTwins
@@ -187,12 +188,25 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
             self.operator = name
         self._depth += 1
         try:
-            out = super().dispatch(func, types, args, kwargs)
+            out: Any = self._view(*args) if func in _VIEWS else None
+            if out is None:
+                out = super().dispatch(func, types, args, kwargs)
         finally:
             self._depth -= 1
         if outermost and out is not NotImplemented:
             self.observe(func, args, kwargs or {}, out)
         return out
+
+    def _view(self, tensor: Tensor, size: Sequence[Any], *_: Any) -> Tensor | None:
+        """Return a view of a tensor; None if it is left to the engine."""
+        if not isinstance(tensor, FakeTensor) or tensor.layout != torch.strided:
+            return None
+        found = viewed(tensor.shape, tensor.stride(), size, self._now)
+        return None if found is None else torch.as_strided(tensor, found.shape, found.stride)
+
+    def _now(self, size: Any) -> int:
+        """Return the number that a size is at present."""
+        return self.env.hint(_expr(size), {}) if isinstance(size, torch.SymInt) else size
 
     def size(self, expr: Expr) -> Any:
         """Return an expression as a size."""
@@ -207,6 +221,9 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
         self.position += 1
         return pytree.tree_map_only(Made, lambda m: torch.empty(m.shape, dtype=m.dtype, device=m.device), value)
 
+
+_ATEN = torch.ops.aten
+_VIEWS = {_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN._reshape_alias.default}
 
 _SAME_MEMORY = {
     "view",

@@ -187,7 +187,7 @@ def _check_conflicts(changes: Iterable[Change]) -> None:
     for module, new in sizes.items():
         reason = conflict(module, new)
         if reason is not None:
-            raise StructureError(f"A {type(module).__name__} cannot be resized like this: {reason}.")
+            raise StructureError(f"The sizes of this {type(module).__name__} do not go together: {reason}.")
 
 
 def _is_mask(model: nn.Module, name: str) -> bool:
