@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lightning_grow.structure.holders import Holders, Step, get, located, read, replaced
-from lightning_grow.structure.modules import is_position
+from lightning_grow.structure.modules import bookkeeping, is_position
 
 _MOST = 12
 
@@ -104,14 +104,15 @@ def changes_of_depth(
 def counted(blocks: Sequence[nn.Module]) -> list[tuple[str, str, int]]:
     """Return what blocks keep as their own position, such as ``layer_idx``: module, path in it, first value.
 
-    It is a position if it counts up from block to block; in a stack of one block, if it is called so.
+    It is a position if it counts up from block to block, and is called so or starts at 0 or 1: widths may count up by
+    chance. In a stack of one block, it is one if it is called so. Sizes of torch's own modules are none.
     """
     found = []
     entries = [_numbers(block) for block in blocks]
     for (path, name), first in entries[0].items():
         values = [other.get((path, name)) for other in entries]
         counts = values == list(range(first, first + len(values)))
-        if counts and (len(values) > 1 or is_position(name.rpartition(".")[2])):
+        if counts and (is_position(name.rpartition(".")[2]) or (len(values) > 1 and first in (0, 1))):
             found.append((path, name, first))
     return found
 
@@ -139,9 +140,11 @@ def renumbered(
 def _numbers(block: nn.Module) -> dict[Path, int]:
     holders = Holders(dict(block.named_modules()))
     found = {}
-    for path, _ in block.named_modules():
+    for path, inner in block.named_modules():
+        sizes = {kept.name for kept in bookkeeping(inner)}
         for (module, name, index), value in holders.numbers(path):
-            found[module, name if index is None else f"{name}[{index}]"] = value
+            if name not in sizes:
+                found[module, name if index is None else f"{name}[{index}]"] = value
     return found
 
 

@@ -283,10 +283,14 @@ class Solution:
         return True
 
     def _use_symbolic_divisor(self, top: Expr, bottom: Expr) -> bool:
-        """Let ``a // b`` be exact where ``b`` varies: keep the present ratio of one to the other, if it is whole."""
+        """Let ``a // b`` be exact where ``b`` varies: keep the present ratio of one to the other, if it is whole.
+
+        So it is in ``(a + b - 1) // b``, the number of chunks, where ``a // b`` is.
+        """
         if all(e.is_polynomial(*e.free_symbols) for e in (top, bottom)):
             ratio, rest = divmod(self.size(top), self.size(bottom))
-            if not rest and self._use(sympy.expand(top - ratio * bottom)):
+            left = bottom - 1 if rest == self.size(bottom) - 1 else sympy.Integer(0)
+            if rest in (0, self.size(left)) and self._use(sympy.expand(top - ratio * bottom - left)):
                 return True
         self._fix_all(self._minor_in(bottom) or bottom, "other sizes are divided by it")
         return True

@@ -311,7 +311,8 @@ class _Tracer:
         First all those that equal a fixed size, where it became fixed or in a module around it; then these with one
         kind of those that divide one (heads, of which a fixed number makes a width); then one such kind after the
         other, those that the module itself keeps before those in objects that it holds; then the first ones without
-        one kind.
+        one kind. A kind is an attribute of a class: other modules of that class keep the same number for the same
+        reason, though the equation was met in one of them only.
         """
         equal: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
         dividing: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
@@ -330,6 +331,11 @@ class _Tracer:
                 if not path:
                     break
                 path = path.rpartition(".")[0]
+        for path, module in self.modules.items() if equal else ():
+            for key, value in self.holders.integers(path):
+                kind = (type(module).__qualname__, *key[1:])
+                if key not in bound and value in equal.get(kind, {}).values():
+                    equal[kind][key] = value
         kinds = sorted(dividing.values(), key=lambda kind: min(v for v in kind.values() if isinstance(v, int)))
         own = [kind for kind in kinds if all(is_own(name) for _, name, _ in kind)]
         held = [kind for kind in kinds if kind not in own]

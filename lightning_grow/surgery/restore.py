@@ -44,7 +44,8 @@ def resize_like_(
 
     Args:
         model: A model with the same names as the state dict's. Its hooks on ``load_state_dict`` are not called.
-        state_dict: From ``model.state_dict()`` of a larger or smaller model.
+        state_dict: From ``model.state_dict()`` of a larger or smaller model, perhaps with non-persistent buffers added
+            by name: what is left of their entries after units were pruned or split, it does not say itself.
         structure: The structure of this model, of any size: finds attributes and buffers that names cannot tell.
         optimizers: Optimizers of the model's parameters, whose state is to follow: cut off or filled at the end.
 
@@ -144,6 +145,7 @@ class _Resized(NamedTuple):
 def _matched(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of the state dict, checked against the names and dimensions of the model."""
     own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    own |= {n: buffer for n, buffer in model.named_buffers(remove_duplicate=False) if n in state_dict}
     given = {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
     for kind, names in (("lacks", own.keys() - given.keys()), ("has besides", given.keys() - own.keys())):
         if names:

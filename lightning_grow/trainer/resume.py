@@ -114,18 +114,19 @@ def take_shape_(module: nn.Module, state_dict: Mapping[str, Any], run: Run, save
         StructureError: If the state dict is of another model. The module is unchanged.
     """
     done, wanted = run.record.depth_events(), run.record.depth_events()
-    structure = run.structure
+    structure, buffers = run.structure, {}
     if saved is not None:
+        buffers = saved.get("buffers", {})
         structure = structure if saved["structure"] is None else Structure.from_dict(saved["structure"])
         if set(state_dict) != set(module.state_dict()):
             wanted = Record.from_dict(saved["record"]).depth_events()
     _follow_depth_(module, done, wanted)
     try:
-        if structure is not None and _other_shapes(module, state_dict):
+        if structure is not None and (buffers or _other_shapes(module, state_dict)):
             _refuse_other_model(module, state_dict, structure)
             if not getattr(module, "strict_loading", True):
                 state_dict = {name: state_dict.get(name, own) for name, own in module.state_dict().items()}
-            resize_like_(module, state_dict, structure)
+            resize_like_(module, {**state_dict, **buffers}, structure)
     except BaseException:
         _follow_depth_(module, wanted, done)
         raise

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_grow.structure.axes import Structure, layout_length
 from lightning_grow.trainer.record import Event, Record
@@ -100,11 +100,24 @@ class Run:
             "version": _VERSION,
             "structure": None if self.structure is None else self.live_structure(module).to_dict(),
             "record": self.record.to_dict(),
+            "buffers": self._unsaved_buffers(module),
             "optimizers": [
                 [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
                 for optimizer in optimizers
             ],
         }
+
+    def _unsaved_buffers(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the buffers that follow widths and are in no state dict, once something has changed.
+
+        Which of the first entries are left in them, and where copies went, only their values tell.
+        """
+        if self.structure is None or not self.record.events:
+            return {}
+        saved = module.state_dict().keys()
+        names = {axis.tensor for group in self.structure.groups.values() for axis in group.axes} - saved
+        buffers = dict(module.named_buffers(remove_duplicate=False))
+        return {name: buffers[name].detach().clone() for name in sorted(names & buffers.keys())}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `to_checkpoint` wrote; the module has its shape already."""

@@ -120,6 +120,14 @@ def test_a_quotient_by_a_product_keeps_their_ratio() -> None:
     assert solution(rows) == heads * size
 
 
+def test_a_number_of_chunks_keeps_its_ratio() -> None:
+    """``fused.split(width)`` makes ``ceil(fused / width)`` parts."""
+    (fused, width), solution = symbols(fused=96, width=32)
+    solution.solve([FloorDiv(fused + width - 1, width) - 3], [])
+    assert solution(fused) == 3 * solution(width)
+    assert solution(width).is_Symbol
+
+
 def test_integers_that_stand_for_no_axis_are_fixed_first() -> None:
     (width, side), solution = symbols(width=6, side=2)
     solution.minor = {side}

@@ -140,6 +140,24 @@ def test_positions_are_counted_anew_and_other_integers_stay() -> None:
     assert [b.heads for b in single.blocks] == [1, 1]
 
 
+def test_widths_that_count_up_by_chance_are_no_positions() -> None:
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.width = width
+            self.up, self.down = nn.Linear(3, width), nn.Linear(width, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(torch.relu(self.up(x)))
+
+    model = nn.Sequential(*(Block(width) for width in (5, 6, 7)))
+    insert_(model, Stack("", ("0", "1", "2"), zeroed=("down.weight", "down.bias")), 1)
+    assert [block.width for block in model] == [5, 5, 6, 7]
+    assert [block.up.out_features for block in model] == [5, 5, 6, 7]
+    remove_(model, Stack("", ("0", "1", "2", "3")), 0)
+    assert [block.up.out_features for block in model] == [5, 6, 7]
+
+
 def names_of(model: nn.Module, optimizer: Any) -> list[list[str]]:
     names = {id(p): n for n, p in model.named_parameters()}
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]

@@ -248,6 +248,33 @@ def test_pruned_checkpoints_fit_the_larger_model(tmp_path):
     assert fresh.blocks[0].up.out_features == module.blocks[0].up.out_features < 4
 
 
+class Scaled(Perceptron):
+    """It has a buffer with an entry for each unit that no state dict holds, and whose order matters."""
+
+    def __init__(self, hidden=6, lr=1e-2):
+        super().__init__(hidden, lr)
+        self.register_buffer("scale", torch.linspace(-1, 2, hidden), persistent=False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.fc2(torch.tanh(self.fc1(x)) * self.scale)))
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_buffers_that_no_state_dict_holds_come_back(tmp_path, epoch):
+    callback = MagnitudePruning(every_n_steps=4, num_units=1, groups=["fc1"])
+    run, module = fitted(tmp_path, callback, cls=Scaled)
+    assert module.scale.tolist() != torch.linspace(-1, 2, 6)[: len(module.scale)].tolist(), "others than the last went"
+    checkpoint = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
+    expected = checkpoint["lightning_grow"]["buffers"]["scale"]
+    fresh, loaded = build(Scaled), lg.load_from_checkpoint(Scaled, tmp_path / f"epoch={epoch}.ckpt")
+    trainer(tmp_path, MagnitudePruning()).test(
+        fresh, loader(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", verbose=False
+    )
+    run.test(module, loader(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", verbose=False)
+    for taken in (fresh, loaded, module):
+        assert torch.equal(taken.scale, expected)
+
+
 def test_a_module_can_be_saved_whole_in_the_middle_of_a_run(tmp_path):
     import pickle
 
