@@ -131,6 +131,7 @@ class Observer:
         self.operator: Callable[[], str] = str
         self._guards = 0
         self._fixed: list[Expr] = []
+        self._long_sums: dict[Expr, Expr] = {}
 
     @property
     def where(self) -> str:
@@ -143,6 +144,9 @@ class Observer:
         guards = self.env.guards
         for guard in guards[self._guards :]:
             if isinstance(guard.expr, sympy.Eq):
+                for one, other in ((guard.expr.lhs, guard.expr.rhs), (guard.expr.rhs, guard.expr.lhs)):
+                    if one.is_Symbol and other.is_Add and one not in other.free_symbols:
+                        self._long_sums.setdefault(one, other)
                 self._add_fact(guard.expr.lhs, guard.expr.rhs, (self.operator(), self.where))
         self._guards = len(guards)
 
@@ -214,8 +218,14 @@ class Observer:
         """Return the expressions of a tensor's sizes."""
         return tuple(self.expr(size) for size in tensor.shape)
 
+    def _known(self, expr: Expr) -> Expr:
+        """Return an expression with known equalities used, also those that the engine finds too long to use."""
+        expr = self.env.replace(expr)
+        long = expr.free_symbols & self._long_sums.keys()
+        return self.env.replace(expr.xreplace({s: self._long_sums[s] for s in long})) if long else expr
+
     def _free(self, dims: Sequence[Expr]) -> set[Expr]:
-        return {s for d in dims for s in self.env.replace(d).free_symbols}
+        return {s for d in dims for s in self._known(d).free_symbols}
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note what one operator tells."""
@@ -264,16 +274,16 @@ class Observer:
         i = j = 0
         while i < len(before) and j < len(after):
             run_i, run_j = [before[i]], [after[j]]
-            left, right = self.env.replace(before[i]), self.env.replace(after[j])
+            left, right = self._known(before[i]), self._known(after[j])
             i, j = i + 1, j + 1
             while not self._equal(left, right):
                 if self._hint(left) < self._hint(right) and i < len(before):
                     run_i.append(before[i])
-                    left = left * self.env.replace(before[i])
+                    left = left * self._known(before[i])
                     i += 1
                 elif j < len(after):
                     run_j.append(after[j])
-                    right = right * self.env.replace(after[j])
+                    right = right * self._known(after[j])
                     j += 1
                 else:
                     return
@@ -329,7 +339,7 @@ class Observer:
             for dim, expr in enumerate(self.dims(tensor)):
                 role: Role
                 contracted = self._contracted_dim(name, args, tensor)
-                symbols = self.env.replace(expr).free_symbols
+                symbols = self._known(expr).free_symbols
                 if not symbols:
                     continue
                 if dim == contracted or (contracted is None and not symbols & kept and not entrywise):
@@ -350,7 +360,7 @@ class Observer:
         own = {s for d in range(tensor.ndim + 1) if (s := self.trace.symbols.get((name, d))) is not None}
         if expr.free_symbols & own:
             return set(expr.free_symbols & own)
-        equal = {s for s in own if self.env.replace(s) == self.env.replace(expr)}
+        equal = {s for s in own if self._known(s) == self._known(expr)}
         return equal if len(equal) == 1 else set(expr.free_symbols)
 
     def _roles_among_weights(self, name: str, args: tuple[Any, ...], inputs: list[Tensor]) -> None:
@@ -374,7 +384,7 @@ class Observer:
             kept = self._free([d for t in outputs for d in self.dims(t)])
             for t in inputs:
                 for expr in self.dims(t):
-                    symbols = self.env.replace(expr).free_symbols
+                    symbols = self._known(expr).free_symbols
                     gone = name in _REDUCTIONS and not any(expr in self.dims(o) for o in outputs)
                     if symbols and (gone or symbols - kept) and not name.startswith(("size", "select", "slice")):
                         self.trace.mixing.append((expr, f"'{name}' in {self.where} {ADDS_UP}"))

@@ -59,12 +59,22 @@ class Subject:
         return next((self.closed[p] for p in inside), None)
 
 
+def propose(subject: Subject, seen: Trace) -> Proposal:
+    """Return what a trace suggests: with more heads rather than larger ones, where both are possible."""
+    proposal = Proposal(subject, seen)
+    if not proposal.solution.chose_ratio:
+        return proposal
+    other = Proposal(subject, seen, keep_ratios=False)
+    return min(proposal, other, key=lambda p: (len(p.pinned), sum(group.size == 1 for group in p.groups), len(p.parts)))
+
+
 class Proposal:
     """What a trace suggests, before it is verified.
 
     Args:
         subject: The model.
         seen: What was seen of it.
+        keep_ratios: See `Solution`.
 
     Attributes:
         groups: Groups with their likeliest layouts.
@@ -75,11 +85,13 @@ class Proposal:
         written: Labels of axes that make units, some of which also read them.
         fixed_sizes: Sizes at which axes became fixed, and those that they are made of, and the module in which they
             became so.
+        parts: Groups that are the size of a fixed number of parts, as that of heads is: these numbers, with the modules
+            that have them.
     """
 
-    def __init__(self, subject: Subject, seen: Trace) -> None:
+    def __init__(self, subject: Subject, seen: Trace, *, keep_ratios: bool = True) -> None:
         self.subject, self.seen = subject, seen
-        self.solution = solution = Solution(seen.hints)
+        self.solution = solution = Solution(seen.hints, keep_ratios=keep_ratios)
         solution.roots = set(seen.fixed)
         solution.minor = {s for a in seen.attributes.values() for s in a.free_symbols} - set(seen.symbols.values())
         for expr in sorted(seen.looked_up, key=str):  # before the rest: fewer unknowns in products
@@ -102,6 +114,7 @@ class Proposal:
             self._parts.setdefault(whole, set()).update(int(p) for p in parts if p.is_Integer and p > 1)
         layouts = self._layouts(sizes)
         self.groups, self.options = self._make_groups(layouts)
+        self.parts = {group.name: found for group in self.groups if (found := _fixed_parts(group))}
         self.mixing = self._mixing()
         self.written = {
             f"{tensor}[{dim}]"
@@ -113,6 +126,14 @@ class Proposal:
         """Return whether an axis is in a group."""
         return f"{key[0]}[{key[1]}]" not in self.pinned
 
+    def has_more_parts(self, other: Proposal) -> bool:
+        """Return whether this is the other proposal, but that the number of some parts varies and not their size."""
+        mine, others = ({g.name: g.size for g in p.groups} for p in (self, other))
+        rest = [{n: size for n, size in sizes.items() if n not in other.parts} for sizes in (mine, others)]
+        changed = [n for n in other.parts if n in mine and n not in self.parts]
+        same = rest[0] == rest[1] and len(self.pinned) == len(other.pinned)
+        return same and len(self.parts) < len(other.parts) and all(mine[n] > 1 for n in changed)
+
     def _name_all_units(self) -> tuple[dict[tuple[str, int], Expr], dict[Expr, Units]]:
         """Return the size of each axis and the name of each unit count; what no single axis shows is fixed."""
         while True:
@@ -121,8 +142,12 @@ class Proposal:
             hidden = {s for expr in sizes.values() for s in expr.free_symbols} - set(units)
             if not hidden:
                 return sizes, units
-            for symbol in sorted(hidden, key=str):
-                self.solution.fix(symbol, "its size is a sum or a product of sizes that no single axis shows")
+            inner = {s: i for _, parts in self.seen.views for i, p in enumerate(parts) for s in self._symbols_of(p)}
+            symbol = max(hidden, key=lambda s: (inner.get(s, 0), str(s)))  # the size of heads before their number
+            self.solution.fix(symbol, "its size is a sum or a product of sizes that no single axis shows")
+
+    def _symbols_of(self, expr: Expr) -> set[Expr]:
+        return set(self.solution(expr).free_symbols)
 
     def _name_units(self, sizes: Mapping[tuple[str, int], Expr]) -> dict[Expr, Units]:
         """Name each unit count after the first module that produces it."""
@@ -240,6 +265,10 @@ class Proposal:
             groups.append(candidates[0])
             if len(candidates) > 1:
                 options[units.group] = candidates[1:]
+        grouped = {axis.label for group in groups for axis in group.axes}
+        for label in (f"{tensor}[{dim}]" for tensor, dim in layouts):
+            if label not in grouped:  # its entries are those of axes that became fixed
+                self.pinned.setdefault(label, "tied to an axis whose order of entries is not visible")
         return groups, options
 
     def _role(self, tensor: str, dim: int) -> Any:
@@ -281,6 +310,16 @@ class Proposal:
                 if symbol in self.units and where and where[-1] in self.subject.modules:
                     found.setdefault(self.units[symbol].group, {})[where[-1]] = None
         return {name: list(paths) for name, paths in found.items()}
+
+
+def _fixed_parts(group: AxisGroup) -> set[tuple[int, str]]:
+    """Return the fixed numbers of parts of which a group is the size, with the module that has them."""
+    return {
+        (block.factors[-2], axis.tensor.rpartition(".")[0])
+        for axis in group.axes
+        for block in axis.layout
+        if len(block.factors) > 1 and isinstance(block.factors[-2], int) and isinstance(block.factors[-1], Units)
+    }
 
 
 def _choices(options: Sequence[Sequence[Layout]]) -> Iterator[tuple[Layout, ...]]:

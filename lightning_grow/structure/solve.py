@@ -28,10 +28,18 @@ class Solution:
         minor: Symbols of integers that modules keep and of no axis: rather than a width, they are fixed where an
             equation asks for it.
         fixed_by: For symbols that an equation fixed by itself, that equation.
+        chose_ratio: Whether ``a // b`` was made exact by ``a == c*b`` for such an integer ``b``, which may have been
+            fixed instead: heads of any size, where there may be any number of heads of this size.
+
+    Args:
+        hints: Present sizes of the symbols.
+        keep_ratios: Whether to choose so.
     """
 
-    def __init__(self, hints: Mapping[Expr, int]) -> None:
+    def __init__(self, hints: Mapping[Expr, int], *, keep_ratios: bool = True) -> None:
         self.hints: dict[Expr, int] = dict(hints)
+        self.keep_ratios = keep_ratios
+        self.chose_ratio = False
         self.known: dict[Expr, Expr] = {}
         self.reasons: dict[Expr, str] = {}
         self.roots: set[Expr] = set()
@@ -287,12 +295,14 @@ class Solution:
 
         So it is in ``(a + b - 1) // b``, the number of chunks, where ``a // b`` is.
         """
-        if all(e.is_polynomial(*e.free_symbols) for e in (top, bottom)):
+        minor = self._minor_in(bottom)
+        self.chose_ratio |= minor is not None
+        if (minor is None or self.keep_ratios) and all(e.is_polynomial(*e.free_symbols) for e in (top, bottom)):
             ratio, rest = divmod(self.size(top), self.size(bottom))
             left = bottom - 1 if rest == self.size(bottom) - 1 else sympy.Integer(0)
             if rest in (0, self.size(left)) and self._use(sympy.expand(top - ratio * bottom - left)):
                 return True
-        self._fix_all(self._minor_in(bottom) or bottom, "other sizes are divided by it")
+        self._fix_all(minor or bottom, "other sizes are divided by it")
         return True
 
     def _multiples(self, symbol: Expr, step: int) -> Expr:

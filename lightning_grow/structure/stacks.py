@@ -7,24 +7,26 @@ identity (`identity`) and which numbers count the blocks (`counts`) is found by 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_grow.structure.axes import Stack
 from lightning_grow.structure.counts import Kept, changes_of_depth, find_counts, renumbered
-from lightning_grow.structure.holders import Holders, Step, put
+from lightning_grow.structure.holders import Step
 from lightning_grow.structure.identity import (
     Call,
+    Identity,
     find_identity,
     make_identity_,
-    private,
     same,
     why_no_identity,
 )
-from lightning_grow.structure.sandbox import plain_layers, swap_in, tensors_in, unchanged
+from lightning_grow.structure.rerun import Runner, Trial
+
+_CHANGES = "a new block changes the output, although it returns its input"
 
 
 def find_stacks(
@@ -47,13 +49,13 @@ def find_stacks(
     blocks = {id(block): block for _, children in candidates for block in children.values()}
     if not blocks or any(p.device.type == "meta" for p in model.parameters()):
         return {}
-    runner = _Runner(model, call, args, kwargs, written)
+    runner = Runner(model, call, args, kwargs, written)
     try:
         with runner.holders.noting():
-            calls, reference = runner.run(blocks)
+            calls, reference = runner.first_run(blocks, [path for path, _ in candidates])
     except Exception:  # the model's own code; `trace` has said so already
         return {}
-    stacks: dict[str, Stack] = {}
+    finder = _Finder(runner, calls, reference)
     for path, children in candidates:
         runs = list(_runs(children, calls))
         for run in runs:
@@ -61,10 +63,9 @@ def find_stacks(
                 continue
             first = f"{path}.{run[0]}".removeprefix(".")
             name = path if len(runs) == 1 and path else first
-            stack = _stack(runner, name, path, run, calls, reference)
-            if stack is not None:
-                stacks[name] = stack
-    return stacks
+            finder.add(name, path, run)
+    finder.check()
+    return finder.stacks
 
 
 def inserted(container: nn.Module, at: str, block: nn.Module) -> dict[str, nn.Module]:
@@ -168,116 +169,103 @@ def _runs(children: Mapping[str, nn.Module], calls: Mapping[int, Call]) -> Itera
         yield run
 
 
-class _Runner:
-    """Runs the model on real data in eval mode, and leaves it as it was."""
+class _Finder:
+    """Tries the runs of blocks of one model.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        written: Collection[str],
-    ) -> None:
-        self.model, self.call, self.args, self.kwargs = model, call, args, kwargs
-        self.holders = Holders(dict(model.named_modules()))
-        named = [*model.named_parameters(), *model.named_buffers()]
-        self.written = {n: t.detach() for n, t in named if n in written or not isinstance(t, nn.Parameter)}
+    Args:
+        runner: Runs the model.
+        calls: What each block was called with, in the model as it is.
+        reference: What the model returned.
+    """
 
-    def run(
-        self,
-        blocks: Mapping[int, nn.Module],
-        children: tuple[str, dict[str, nn.Module]] | None = None,
-        changes: Iterable[tuple[Any, Step, Any]] = (),
-    ) -> Any:
-        """Return the calls of the blocks by id, and the outputs.
+    def __init__(self, runner: Runner, calls: Mapping[int, Call], reference: list[Tensor]) -> None:
+        self.runner, self.calls, self.reference = runner, calls, reference
+        self.stacks: dict[str, Stack] = {}
+        self._nearby: dict[str, Trial] = {}
 
-        If asked, with other children of one container, and with changes of what modules keep in Python.
-        """
-        calls: dict[int, Call] = {}
-        with unchanged(self.model), plain_layers(), torch.no_grad():
-            swap_in(self.model, {name: tensor.clone() for name, tensor in self.written.items()})
-            for change in list(changes):
-                put(*change)
-            if children is not None:
-                container = self.model.get_submodule(children[0])
-                container._modules.clear()
-                container._modules.update(children[1])
-            for module in self.model.modules():
-                module.__dict__["training"] = False
-            handles = [handle for block in blocks.values() for handle in _recorded(block, calls)]
-            torch.manual_seed(0)
-            try:
-                outputs = tensors_in(self.call(*self.args, **self.kwargs))
-            finally:
-                for handle in handles:
-                    handle.remove()
-        return calls, [t.detach().clone() for t in outputs]
+    def add(self, name: str, path: str, run: list[str]) -> None:
+        """Add a stack, unless a new child would not be run at all and nothing suggests that it should."""
+        container = self.runner.model.get_submodule(path)
+        block = container.get_submodule(run[-1])
+        call = self.calls[id(block)]
+        first, found = 0, find_identity(block, call)
+        if found is None:  # behind a block the input may be better behaved: not negative after a ReLU
+            first, found = 1, find_identity(block, call.behind())
+        trial = self._trial(path, run, found)
+        names = [n for n, _ in container.named_children()]
+        kept: Kept = ((), ())
+        runs, obstacle = self._tried_nearby(trial, found)
+        if runs and obstacle is None and found:
+            self._nearby[name] = trial
+        elif not runs:
+            runs, obstacle = self._tried(trial, kept, found)
+        if not runs and (len(run) > 1 or len(run) == len(names)):
+            lengths = {len(run), len(names), sum(id(c) in self.calls for c in container.children())}
+            works = lambda k: self._tried(trial, k, found) == (True, None)  # noqa: E731
+            counts = find_counts(self.runner.holders, path, sorted(lengths), works)
+            if counts is not None:
+                kept, runs, obstacle = counts, True, None
+        if (not runs or obstacle is not None) and (not _is_list(container) or 1 == len(run) < len(names)):
+            return  # children that run one after the other, but of different kinds, are no depth
+        if found is None:
+            obstacle = obstacle or why_no_identity(block, call)
+        blocks = tuple(f"{path}.{n}".removeprefix(".") for n in run)
+        self.stacks[name] = Stack(
+            name, blocks, *(found or ((), ())), first=first, obstacle=obstacle, counts=kept[0], per_block=kept[1]
+        )
 
+    def check(self) -> None:
+        """Try what was tried nearby only in the whole model: all of it together, and each by itself if that fails."""
+        of_container = {trial.path: trial for trial in self._nearby.values()}
+        together = self._run(list(of_container.values()))
+        for name, trial in self._nearby.items():
+            if together != (True, None) or of_container[trial.path] is not trial:
+                obstacle = self._run([trial])[1]
+                self.stacks[name] = replace(self.stacks[name], obstacle=obstacle)
 
-def _recorded(block: nn.Module, calls: dict[int, Call]) -> list[Any]:
-    """Write down what a block is called with, before it can write to it, and what it returns."""
-    given: list[Any] = []
+    def _trial(self, path: str, run: list[str], found: Identity | None) -> Trial:
+        """Return the container with one block more behind the last of a run."""
+        container = self.runner.model.get_submodule(path)
+        new = copy.deepcopy(container.get_submodule(run[-1]))
+        make_identity_(new, *(found or ((), ())))
+        names = [n for n, _ in container.named_children()]
+        like = [container.get_submodule(n) for n in run]
+        later = [container.get_submodule(n) for n in names[names.index(run[-1]) + 1 :]]
+        behind = names[names.index(run[-1]) + 1] if run[-1] != names[-1] else ""
+        moves = list(renumbered(like, [*like, new], later))
+        return Trial(path, new, inserted(container, behind, new), moves, len(run), names.index(run[0]))
 
-    def before(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given[:] = private((args, kwargs)) if id(block) not in calls else (args, kwargs)
-
-    def after(_block: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        inputs, outputs = tensors_in(tuple(given)), tensors_in(output)
-        if id(block) in calls:
-            calls[id(block)].times += 1
-        elif inputs and outputs:
-            calls[id(block)] = Call(given[0], given[1], inputs[0], outputs[0])
-
-    return [
-        block.register_forward_pre_hook(before, with_kwargs=True),
-        block.register_forward_hook(after, with_kwargs=True),
-    ]
-
-
-def _stack(
-    runner: _Runner, name: str, path: str, run: list[str], calls: Mapping[int, Call], reference: list[Tensor]
-) -> Stack | None:
-    """Return the stack, or None where a new child would not be run at all and nothing suggests that it should."""
-    container = runner.model.get_submodule(path)
-    block = container.get_submodule(run[-1])
-    blocks = tuple(f"{path}.{n}".removeprefix(".") for n in run)
-    call = calls[id(block)]
-    first, found = 0, find_identity(block, call)
-    if found is None:  # behind a block the input may be better behaved: not negative after a ReLU
-        first, found = 1, find_identity(block, call.behind())
-    new = copy.deepcopy(block)
-    make_identity_(new, *(found or ((), ())))
-    names = [n for n, _ in container.named_children()]
-    like = [container.get_submodule(n) for n in run]
-    later = [container.get_submodule(n) for n in names[names.index(run[-1]) + 1 :]]
-    moves = list(renumbered(like, [*like, new], later))
-    behind = names[names.index(run[-1]) + 1] if run[-1] != names[-1] else ""
-    children = inserted(container, behind, new)
-    position = names.index(run[0])
-
-    def attempt(kept: Kept) -> tuple[bool, str | None]:
-        """Return whether a new block is run, and what is wrong if something is."""
+    def _tried_nearby(self, trial: Trial, found: Identity | None) -> tuple[bool, str | None]:
+        """Return whether a new block is run where its container is, and what is wrong then; False if it may be told."""
+        near = self.runner.near(trial.path)
+        if near is None:
+            return False, None
         try:
-            grown = changes_of_depth(runner.model, kept, len(run), position, len(run), insert=True)
-            seen, outputs = runner.run({id(new): new}, (path, children), [*moves, *grown])
+            seen, outputs = self.runner.run([trial], trial.moves, near)
+        except Exception:  # the model's own code: perhaps it counts its blocks further up
+            return False, None
+        if id(trial.new) not in seen:
+            return False, None
+        return True, None if not found or same(outputs, near.outputs) else _CHANGES
+
+    def _tried(self, trial: Trial, kept: Kept, found: Identity | None) -> tuple[bool, str | None]:
+        """Return whether a new block is run if these counts follow, and what is wrong if something is."""
+        try:
+            grown = list(
+                changes_of_depth(self.runner.model, kept, trial.blocks, trial.position, trial.blocks, insert=True)
+            )
+        except (AttributeError, LookupError, TypeError) as error:
+            return False, f"the model fails with one more block ({type(error).__name__})"
+        return self._run([trial], grown, exact=bool(found))
+
+    def _run(
+        self, trials: Sequence[Trial], changes: Sequence[tuple[Any, Step, Any]] = (), *, exact: bool = True
+    ) -> tuple[bool, str | None]:
+        moves = [change for trial in trials for change in trial.moves]
+        try:
+            seen, outputs = self.runner.run(trials, [*moves, *changes])
         except Exception as error:  # the model's own code: anything can happen
             return False, f"the model fails with one more block ({type(error).__name__})"
-        if id(new) not in seen:
+        if any(id(trial.new) not in seen for trial in trials):
             return False, "the forward pass does not run a block that is added"
-        if found and not same(outputs, reference):
-            return True, "a new block changes the output, although it returns its input"
-        return True, None
-
-    kept: Kept = ((), ())
-    runs, obstacle = attempt(kept)
-    if not runs and (len(run) > 1 or len(run) == len(names)):
-        lengths = {len(run), len(names), sum(id(c) in calls for c in container.children())}
-        counts = find_counts(runner.holders, path, sorted(lengths), lambda k: attempt(k) == (True, None))
-        if counts is not None:
-            kept, runs, obstacle = counts, True, None
-    if (not runs or obstacle is not None) and (not _is_list(container) or 1 == len(run) < len(names)):
-        return None  # children that run one after the other, but of different kinds, are no depth
-    if found is None:
-        obstacle = obstacle or why_no_identity(block, call)
-    return Stack(name, blocks, *(found or ((), ())), first=first, obstacle=obstacle, counts=kept[0], per_block=kept[1])
+        return True, None if not exact or same(outputs, self.reference) else _CHANGES

@@ -25,7 +25,7 @@ from lightning_grow.structure.exact import with_exact_recipes
 from lightning_grow.structure.holders import Holders, is_own
 from lightning_grow.structure.modules import bookkeeping, of_input
 from lightning_grow.structure.observe import Bound, Trace
-from lightning_grow.structure.proposal import Proposal, Subject
+from lightning_grow.structure.proposal import Proposal, Subject, propose
 from lightning_grow.structure.replay import record, record_outputs
 from lightning_grow.structure.stacks import find_stacks
 from lightning_grow.structure.states import is_state, states
@@ -155,7 +155,7 @@ class _Tracer:
             return proposal
         self.modes = (False, True)
         try:
-            both = Proposal(self.subject, self._run(bound, self.narrow))
+            both = propose(self.subject, self._run(bound, self.narrow))
         except UntraceableError as error:
             log.debug("it runs in one mode only: %s", error)
         else:
@@ -175,7 +175,7 @@ class _Tracer:
         narrow = dict.fromkeys(self._axes_of_one(), _PRETENDED)
         while True:
             try:
-                proposal = Proposal(self.subject, self._run(bound, narrow))
+                proposal = propose(self.subject, self._run(bound, narrow))
             except UntraceableError as error:
                 if not narrow and self.modes == (None,) and self.model.training and self._runs_in_eval_mode():
                     self.modes = (False,)  # a batch norm of a single example, for one
@@ -311,8 +311,7 @@ class _Tracer:
         First all those that equal a fixed size, where it became fixed or in a module around it; then these with one
         kind of those that divide one (heads, of which a fixed number makes a width); then one such kind after the
         other, those that the module itself keeps before those in objects that it holds; then the first ones without
-        one kind. A kind is an attribute of a class: other modules of that class keep the same number for the same
-        reason, though the equation was met in one of them only.
+        one kind; at last those that equal one in all modules of a class, though the equation was met in one of them.
         """
         equal: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
         dividing: dict[tuple[str, str, int | None], dict[Bound, Source]] = {}
@@ -331,11 +330,6 @@ class _Tracer:
                 if not path:
                     break
                 path = path.rpartition(".")[0]
-        for path, module in self.modules.items() if equal else ():
-            for key, value in self.holders.integers(path):
-                kind = (type(module).__qualname__, *key[1:])
-                if key not in bound and value in equal.get(kind, {}).values():
-                    equal[kind][key] = value
         kinds = sorted(dividing.values(), key=lambda kind: min(v for v in kind.values() if isinstance(v, int)))
         own = [kind for kind in kinds if all(is_own(name) for _, name, _ in kind)]
         held = [kind for kind in kinds if kind not in own]
@@ -346,7 +340,13 @@ class _Tracer:
             {k: v for k, v in together.items() if k not in kind} for kind in single[:_MOST_PAIRS] if len(single) > 1
         ]
         trials = ([together] if together else []) + both + own[:_MOST_KINDS] + fewer + held[:_MOST_HELD]
-        return trials[:_MOST_TRIALS]
+        wide: dict[Bound, Source] = {
+            key: value
+            for path, module in (self.modules.items() if equal else ())
+            for key, value in self.holders.integers(path)
+            if key not in bound and value in equal.get((type(module).__qualname__, *key[1:]), {}).values()
+        }
+        return [*trials[:_MOST_TRIALS], *([wide] if len(wide) > len(together) else [])]
 
     def _freed(self, proposal: Proposal, bound: dict[Bound, Source]) -> Proposal:
         """Return the proposal with sizes kept in Python varying as well, where the model still runs and that helps."""
@@ -359,7 +359,7 @@ class _Tracer:
                 continue
             tried |= set(freed)
             try:
-                other = Proposal(self.subject, self._run(bound | freed, self.narrow))
+                other = propose(self.subject, self._run(bound | freed, self.narrow))
             except UntraceableError as error:
                 log.debug("sizes kept in Python stay fixed: %s", error)
                 failed.append(freed)
@@ -368,7 +368,29 @@ class _Tracer:
             if len(other.pinned) < len(proposal.pinned):
                 proposal, bound = other, bound | freed
                 trials = [t for t in self._sizes_that_pin(proposal, bound) if not set(t) <= tried]
-        return proposal
+        return self._with_more_parts(proposal, bound)
+
+    def _with_more_parts(self, proposal: Proposal, bound: dict[Bound, Source]) -> Proposal:
+        """Return the proposal with numbers of heads that vary in the place of their size, where modules keep them."""
+        freed: dict[Bound, Source] = {}
+        for size, where in sorted({part for parts in proposal.parts.values() for part in parts}):
+            path = where
+            while path:
+                path = path.rpartition(".")[0]
+                if bookkeeping(self.modules[path]):
+                    break
+                equal = {k: v for k, v in self.holders.integers(path) if v == size and k not in bound and is_own(k[1])}
+                freed |= equal
+                if equal:
+                    break
+        if not freed:
+            return proposal
+        try:
+            other = propose(self.subject, self._run(bound | freed, self.narrow))
+        except UntraceableError as error:
+            log.debug("numbers of parts stay fixed: %s", error)
+            return proposal
+        return other if other.has_more_parts(proposal) else proposal
 
     # -- verification --------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from lightning_grow.structure.layout import entry_index, entry_share
 from lightning_grow.structure.modules import conflict
 from lightning_grow.structure.noise import EvenNoise
 from lightning_grow.structure.sandbox import cast_states, plain_layers, set_size, swap_in, tensors_in, unchanged
-from lightning_grow.structure.states import is_state
+from lightning_grow.structure.states import is_state, states
 
 MOST_BYTES = 4 << 30
 """Most memory for a copy in float64; what is larger is tried in the precision that it has."""
@@ -83,6 +83,7 @@ class Trials:
         self.written: set[str] = set()
         self.random = False
         self._noise: EvenNoise | None = None
+        self._has_states = bool(states(dict(model.named_modules())))
         flags = {id(module): train or module.training for module in model.modules()}
         self._train = flags if any(flags.values()) else {}
         few = few_units(groups)
@@ -226,7 +227,7 @@ class Trials:
             for module in self.model.modules():
                 module.__dict__["training"] = False
             swap_in(self.model, tensors)
-            if self._dtype is not None:
+            if self._dtype is not None and self._has_states:
                 cast_states(self.model, self._dtype)
             for attribute in self._attributes:
                 if is_state(attribute.name):

@@ -130,21 +130,18 @@ def choose_layouts(
         options: For groups whose order was not seen, the same group with other layouts.
     """
     failed = _unordered(trials, groups)
-    chosen: list[AxisGroup] = []
-    reasons: dict[str, str] = {}
-    layouts: dict[str, Layout] = {}
-    for group in groups:
-        if group.name not in failed:
-            chosen.append(group)
-            continue
-        for other in options.get(group.name, ()):
-            if not _unordered(trials, [other]):
-                chosen.append(other)
-                layouts |= {axis.label: axis.layout for axis in other.axes}
-                break
-        else:
-            error = failed[group.name]
-            reasons[group.name] = f"resizing fails ({error})" if error else "its units are not interchangeable"
+    others: dict[str, AxisGroup] = {}
+    for choice in range(max((len(options.get(name, ())) for name in failed), default=0)):
+        left = [options[name][choice] for name in failed if name not in others and choice < len(options.get(name, ()))]
+        wrong = _unordered(trials, left)
+        others |= {other.name: other for other in left if other.name not in wrong}
+    layouts: dict[str, Layout] = {axis.label: axis.layout for other in others.values() for axis in other.axes}
+    reasons = {
+        name: f"resizing fails ({error})" if error else "its units are not interchangeable"
+        for name, error in failed.items()
+        if name not in others
+    }
+    chosen = [others.get(g.name, g) for g in groups if g.name not in reasons]
     # A composite axis has one layout in all the groups that it depends on.
     for i, group in enumerate(chosen):
         axes = tuple(replace(axis, layout=layouts.get(axis.label, axis.layout)) for axis in group.axes)
