@@ -115,6 +115,8 @@ class _Tracer:
         self.opaque: dict[str, list[Any]] = {}
         self.modes: tuple[bool | None, ...] = (None,)
         self.singly: set[str] = set()
+        self.bound: dict[Bound, Source] = self._kept_by_torch() | self._own_sizes()
+        self.in_vain: list[dict[Bound, Source]] = []
 
     def structure(self) -> Structure:
         groups, pinned, doubtful = self._found()
@@ -139,9 +141,7 @@ class _Tracer:
 
     def _found(self) -> tuple[dict[str, AxisGroup], dict[str, str], set[str]]:
         """Return groups and pinned axes, and modules about which tracing repeated blocks once may hide something."""
-        bound = self._kept_by_torch() | self._own_sizes()
-        proposal = self._in_both_modes(self._propose(bound), bound)
-        proposal = self._freed(proposal, bound)
+        proposal = self._freed(self._in_both_modes(self._propose(self.bound)))
         groups, pinned = self._verified(proposal)
         seen = proposal.seen.repeated
         doubtful = _taken_for_others(proposal.unused, seen)
@@ -149,13 +149,13 @@ class _Tracer:
         doubtful |= _taken_for_others(sorted(refused), seen)
         return groups, proposal.pinned | pinned, doubtful
 
-    def _in_both_modes(self, proposal: Proposal, bound: Mapping[Bound, Source]) -> Proposal:
+    def _in_both_modes(self, proposal: Proposal) -> Proposal:
         """Return what is found in eval and train mode together, if parameters are used in one of them only."""
         if not proposal.unused or len(self.modes) > 1:
             return proposal
         self.modes = (False, True)
         try:
-            both = propose(self.subject, self._run(bound, self.narrow))
+            both = propose(self.subject, self._run(self.bound, self.narrow))
         except UntraceableError as error:
             log.debug("it runs in one mode only: %s", error)
         else:
@@ -348,29 +348,29 @@ class _Tracer:
         }
         return [*trials[:_MOST_TRIALS], *([wide] if len(wide) > len(together) else [])]
 
-    def _freed(self, proposal: Proposal, bound: dict[Bound, Source]) -> Proposal:
+    def _freed(self, proposal: Proposal) -> Proposal:
         """Return the proposal with sizes kept in Python varying as well, where the model still runs and that helps."""
         tried: set[Bound] = set()
         failed: list[dict[Bound, Source]] = []
-        trials = self._sizes_that_pin(proposal, bound)
+        trials = self._sizes_that_pin(proposal, self.bound)
         while trials:
             freed = trials.pop(0)
             if freed in failed:
                 continue
             tried |= set(freed)
             try:
-                other = propose(self.subject, self._run(bound | freed, self.narrow))
+                other = propose(self.subject, self._run(self.bound | freed, self.narrow))
             except UntraceableError as error:
                 log.debug("sizes kept in Python stay fixed: %s", error)
                 failed.append(freed)
                 trials = _kind_by_kind(freed) + trials  # one of them may be no size at all
                 continue
             if len(other.pinned) < len(proposal.pinned):
-                proposal, bound = other, bound | freed
-                trials = [t for t in self._sizes_that_pin(proposal, bound) if not set(t) <= tried]
-        return self._with_more_parts(proposal, bound)
+                proposal, self.bound = other, self.bound | freed
+                trials = [t for t in self._sizes_that_pin(proposal, self.bound) if not set(t) <= tried]
+        return self._with_more_parts(proposal)
 
-    def _with_more_parts(self, proposal: Proposal, bound: dict[Bound, Source]) -> Proposal:
+    def _with_more_parts(self, proposal: Proposal) -> Proposal:
         """Return the proposal with numbers of heads that vary in the place of their size, where modules keep them."""
         freed: dict[Bound, Source] = {}
         for size, where in sorted({part for parts in proposal.parts.values() for part in parts}):
@@ -379,18 +379,24 @@ class _Tracer:
                 path = path.rpartition(".")[0]
                 if bookkeeping(self.modules[path]):
                     break
-                equal = {k: v for k, v in self.holders.integers(path) if v == size and k not in bound and is_own(k[1])}
+                equal = {
+                    k: v for k, v in self.holders.integers(path) if v == size and k not in self.bound and is_own(k[1])
+                }
                 freed |= equal
                 if equal:
                     break
-        if not freed:
+        if not freed or freed in self.in_vain:
             return proposal
         try:
-            other = propose(self.subject, self._run(bound | freed, self.narrow))
+            other = propose(self.subject, self._run(self.bound | freed, self.narrow))
         except UntraceableError as error:
             log.debug("numbers of parts stay fixed: %s", error)
-            return proposal
-        return other if other.has_more_parts(proposal) else proposal
+        else:
+            if other.has_more_parts(proposal):
+                self.bound |= freed
+                return other
+        self.in_vain.append(freed)
+        return proposal
 
     # -- verification --------------------------------------------------------------------------------------------
 

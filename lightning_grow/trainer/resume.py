@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_grow.structure.axes import Structure, layout_length, stack_from_dict
 from lightning_grow.structure.errors import StructureError
+from lightning_grow.structure.states import put_state, state_at
 from lightning_grow.surgery.depth import insert_, remove_
 from lightning_grow.surgery.restore import resize_like_
 from lightning_grow.trainer.record import Event, Record
@@ -114,19 +115,23 @@ def take_shape_(module: nn.Module, state_dict: Mapping[str, Any], run: Run, save
         StructureError: If the state dict is of another model. The module is unchanged.
     """
     done, wanted = run.record.depth_events(), run.record.depth_events()
-    structure, buffers = run.structure, {}
+    structure, buffers, states = run.structure, {}, []
     if saved is not None:
-        buffers = saved.get("buffers", {})
+        buffers, states = saved.get("buffers", {}), saved.get("states", [])
         structure = structure if saved["structure"] is None else Structure.from_dict(saved["structure"])
         if set(state_dict) != set(module.state_dict()):
             wanted = Record.from_dict(saved["record"]).depth_events()
     _follow_depth_(module, done, wanted)
     try:
-        if structure is not None and (buffers or _other_shapes(module, state_dict)):
+        if structure is not None and (buffers or states or _other_shapes(module, state_dict)):
             _refuse_other_model(module, state_dict, structure)
             if not getattr(module, "strict_loading", True):
                 state_dict = {name: state_dict.get(name, own) for name, own in module.state_dict().items()}
             resize_like_(module, {**state_dict, **buffers}, structure)
+            for path, name, state in states:
+                own = state_at(module.get_submodule(path), name)
+                if own is not None:  # else there will be one when the module has run
+                    put_state(module.get_submodule(path), name, state.to(own.device, own.dtype))
     except BaseException:
         _follow_depth_(module, wanted, done)
         raise

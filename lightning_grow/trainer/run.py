@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grow.structure.axes import Structure, layout_length
+from lightning_grow.structure.states import is_state, state_at
 from lightning_grow.trainer.record import Event, Record
 
 CHECKPOINT_KEY = "lightning_grow"
@@ -101,6 +102,7 @@ class Run:
             "structure": None if self.structure is None else self.live_structure(module).to_dict(),
             "record": self.record.to_dict(),
             "buffers": self._unsaved_buffers(module),
+            "states": self._states(module),
             "optimizers": [
                 [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
                 for optimizer in optimizers
@@ -118,6 +120,15 @@ class Run:
         names = {axis.tensor for group in self.structure.groups.values() for axis in group.axes} - saved
         buffers = dict(module.named_buffers(remove_duplicate=False))
         return {name: buffers[name].detach().clone() for name in sorted(names & buffers.keys())}
+
+    def _states(self, module: nn.Module) -> list[tuple[str, str, Tensor]]:
+        """Return the tensors that modules keep beside parameters and buffers, and that follow widths, likewise."""
+        if self.structure is None or not self.record.events:
+            return []
+        attributes = (a for group in self.structure.groups.values() for a in group.attributes if is_state(a.name))
+        places = sorted({(a.module, a.name) for a in attributes})
+        found = [(path, name, state_at(module.get_submodule(path), name)) for path, name in places]
+        return [(path, name, state.detach().clone()) for path, name, state in found if state is not None]
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `to_checkpoint` wrote; the module has its shape already."""

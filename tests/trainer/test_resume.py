@@ -249,14 +249,15 @@ def test_pruned_checkpoints_fit_the_larger_model(tmp_path):
 
 
 class Scaled(Perceptron):
-    """It has a buffer with an entry for each unit that no state dict holds, and whose order matters."""
+    """It has a buffer and a tensor with an entry for each unit that no state dict holds, and whose order matters."""
 
     def __init__(self, hidden=6, lr=1e-2):
         super().__init__(hidden, lr)
         self.register_buffer("scale", torch.linspace(-1, 2, hidden), persistent=False)
+        self.table = torch.linspace(2, -1, hidden)
 
     def forward(self, x):
-        return self.head(torch.tanh(self.fc2(torch.tanh(self.fc1(x)) * self.scale)))
+        return self.head(torch.tanh(self.fc2(torch.tanh(self.fc1(x)) * self.scale + self.table)))
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
@@ -271,8 +272,10 @@ def test_buffers_that_no_state_dict_holds_come_back(tmp_path, epoch):
         fresh, loader(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", verbose=False
     )
     run.test(module, loader(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", verbose=False)
+    ((_, _, table),) = checkpoint["lightning_grow"]["states"]
     for taken in (fresh, loaded, module):
         assert torch.equal(taken.scale, expected)
+        assert torch.equal(taken.table, table)
 
 
 def test_a_module_can_be_saved_whole_in_the_middle_of_a_run(tmp_path):
