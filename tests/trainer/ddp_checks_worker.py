@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
+import lightning_grow as lg
 from lightning_grow.growth import Net2Net, net2wider
 from lightning_grow.trainer import Occasion, Proposal, StructuralCallback
 from tests.trainer.models import Perceptron, Residual, build, loader, state_of, trainer
@@ -72,6 +73,14 @@ def main() -> None:
     result["wrapped"] = wrapped.kinds
     run.test(module, loader(rank=RANK, ranks=RANKS), ckpt_path=folder / "epoch=0.ckpt", verbose=False)
     result["tested"] = module.stem.out_features
+
+    path = folder / f"plan{RANK}.yaml"
+    text = lg.plan(build(Residual), next(iter(loader()))[0]).to_yaml()
+    path.write_text(text.replace("max_blocks: null", "max_blocks: 3").replace("max_units: null", "max_units: 7"))
+    module, grow = build(Residual), Net2Net(every_n_steps=1, num_units=1, depth=True, groups=str(path))
+    run = fit(folder, module, grow, max_epochs=2)
+    result["planned"] = state_of(module, run)
+    result["largest"] = max(p.shape[0] for p in module.blocks.parameters()), len(module.blocks)
     torch.save(result, folder / f"rank{RANK}.pt")
 
 

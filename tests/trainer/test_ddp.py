@@ -46,6 +46,12 @@ def test_ranks_end_bit_identical_with_accumulation_averaging_depth_and_verify(ra
     assert ranks[0]["tested"] == 7
 
 
+def test_ranks_keep_to_a_plan_alike(ranks):
+    first, second = (result["planned"] for result in ranks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [result["largest"] for result in ranks] == [(7, 3)] * 2
+
+
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
 def test_sharded_strategies_are_refused_with_a_way_out(strategy):
     with pytest.raises(MisconfigurationException, match=rf"{strategy.__name__} .* Use strategy='ddp'"):
