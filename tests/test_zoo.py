@@ -363,6 +363,24 @@ def assert_no_twins(group: AxisGroup, sizes: dict[str, int], model: nn.Module, l
         assert len(torch.unique(rows, dim=0)) == len(rows), "units are twins"
 
 
+@pytest.mark.parametrize("units", [1, 3])
+def test_exact_growth_behind_norms_is_exact(entry: Entry, units: int) -> None:
+    """By any number of units, twice; and by copies of all."""
+    structure = structure_of(entry)
+    for group in structure.groups.values():
+        several = group.obstacle is not None and group.padding is not None
+        numbers = [units, units] if several else [group.size] if group.copies and units == 1 else []
+        if not numbers:
+            continue
+        with about([group]), torch.no_grad():
+            model = entry.build().eval()
+            for number in numbers:
+                before = entry.outputs(model)
+                lg.apply_(model, [lg.widen(live(structure, model, group.name), number, preserve=True)])
+                for old, new in zip(before, entry.outputs(model), strict=True):
+                    torch.testing.assert_close(new, old, rtol=1e-10, atol=1e-10)
+
+
 def test_a_state_dict_round_trips_into_a_fresh_model(entry: Entry) -> None:
     structure, grown = structure_of(entry), widened(entry)
     small, large = entry.build().state_dict(), grown.state_dict()

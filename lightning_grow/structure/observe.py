@@ -101,6 +101,10 @@ class Trace:
     from_input: set[Expr] = field(default_factory=set)
 
 
+class DataDependentSizeError(RuntimeError):
+    """What comes next depends on the values of tensors."""
+
+
 Mark = tuple[int, ...]
 """How much there was in each list of a trace at some moment."""
 
@@ -422,5 +426,12 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 def evaluate(expr: Expr, hints: Mapping[Expr, int]) -> Expr:
-    """Return an expression with numbers in the place of its symbols."""
+    """Return an expression with numbers in the place of its symbols.
+
+    Raises:
+        DataDependentSizeError: If one of them has no present value.
+    """
+    unknown = expr.free_symbols - hints.keys()
+    if unknown:
+        raise DataDependentSizeError(f"the size {expr} depends on the values of tensors")
     return expr.xreplace({s: sympy.Integer(hints[s]) for s in expr.free_symbols}) if expr.free_symbols else expr

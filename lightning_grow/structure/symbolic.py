@@ -30,7 +30,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from lightning_grow.structure.axes import Attribute
 from lightning_grow.structure.modules import of_input
-from lightning_grow.structure.observe import INPUT, Bound, Expr, Observer, Trace, evaluate
+from lightning_grow.structure.observe import INPUT, Bound, DataDependentSizeError, Expr, Observer, Trace, evaluate
 from lightning_grow.structure.probe import probe
 from lightning_grow.structure.repeat import Repeats
 from lightning_grow.structure.replay import READS_VALUES, Made, plain_kernels
@@ -57,10 +57,6 @@ class UntraceableError(RuntimeError):
 
 class _Specialised(Exception):  # noqa: N818
     """A kernel asked for a plain number while it was tried whether it can do without."""
-
-
-class _DataDependentSizeError(RuntimeError):
-    """What comes next depends on the values of tensors."""
 
 
 class _Env(ShapeEnv):
@@ -183,7 +179,7 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
         if self._replay is not None and name == "nonzero":  # of a mask that is an index
             return self._replayed()
         if name in READS_VALUES and name != "_local_scalar_dense":
-            raise _DataDependentSizeError(f"'{name}' returns as much as the values say")
+            raise DataDependentSizeError(f"'{name}' returns as much as the values say")
         if outermost:
             self.operator = name
         self._depth += 1
@@ -216,7 +212,7 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
     def _replayed(self) -> Any:
         """Return what the operator returned when the model ran on data: a number, or sizes that depended on data."""
         if self._replay is None or self.position >= len(self._replay):
-            raise _DataDependentSizeError("the model reads other values of tensors than it did on data")
+            raise DataDependentSizeError("the model reads other values of tensors than it did on data")
         value = self._replay[self.position]
         self.position += 1
         return pytree.tree_map_only(Made, lambda m: torch.empty(m.shape, dtype=m.dtype, device=m.device), value)

@@ -162,7 +162,8 @@ def _padded(m: AxisMap, axis: Axis, edits: Mapping[str, Edit]) -> AxisMap:
     assert padding is not None
     gain = edit.ratio**0.5 if axis.label in padding.gains else 1.0
     if axis.label in padding.written:
-        return replace(m, fill=padding.fill, gain=gain)
+        # Norms see one mean of all entries, not one for each place of a unit.
+        return replace(m, fill=padding.fill, gain=gain, place=None)
     if axis.label in padding.shifts or (axis.role == "consumed" and padding.silent):
         return replace(m, fill="zeros", gain=gain)
     return replace(m, fill="random" if axis.role == "consumed" else "default", gain=gain)
