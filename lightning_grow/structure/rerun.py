@@ -64,7 +64,7 @@ class Runner:
         named = [*model.named_parameters(), *model.named_buffers()]
         self._written = {id(t) for n, t in named if n in written or not isinstance(t, nn.Parameter)}
         self._around: dict[int, Call] = {}
-        self._near: dict[str, Near | None] = {}
+        self._near: dict[int, Near | None] = {}
 
     def first_run(
         self, blocks: Mapping[int, nn.Module], containers: Iterable[str]
@@ -83,15 +83,15 @@ class Runner:
         module = next((m for m in self._above(path) if id(m) in self._around), None)
         if module is None or self._around[id(module)].times > 1:
             return None
-        name = str(id(module))
-        if name not in self._near:
-            call = self._around[id(module)]
+        key = id(module)
+        if key not in self._near:
+            call = self._around[key]
             try:
                 _, outputs = self.run((), (), Near(module, call, []))
             except Exception:  # the model's own code: anything can happen
                 outputs = []
-            self._near[name] = Near(module, call, outputs) if outputs and same(outputs[:1], [call.after]) else None
-        return self._near[name]
+            self._near[key] = Near(module, call, outputs) if outputs and same(outputs[:1], [call.after]) else None
+        return self._near[key]
 
     def run(
         self,
@@ -110,8 +110,8 @@ class Runner:
         def prepared() -> Any:
             for change in changes:
                 put(*change)
-            for trial in trials:
-                container = self.model.get_submodule(trial.path)
+            containers = [self.model.get_submodule(trial.path) for trial in trials]  # before names move
+            for container, trial in zip(containers, trials, strict=True):
                 container._modules.clear()
                 container._modules.update(trial.children)
             for module in (self.model if near is None else near.module).modules():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -181,10 +180,17 @@ class _Finder:
     def __init__(self, runner: Runner, calls: Mapping[int, Call], reference: list[Tensor]) -> None:
         self.runner, self.calls, self.reference = runner, calls, reference
         self.stacks: dict[str, Stack] = {}
-        self._nearby: dict[str, Trial] = {}
+        self._nearby: dict[str, tuple[Trial, list[str]]] = {}
 
-    def add(self, name: str, path: str, run: list[str]) -> None:
-        """Add a stack, unless a new child would not be run at all and nothing suggests that it should."""
+    def add(self, name: str, path: str, run: list[str], *, whole: bool = False) -> None:
+        """Add a stack, unless a new child would not be run at all and nothing suggests that it should.
+
+        Args:
+            name: The name of the stack.
+            path: The container.
+            run: Names of the blocks in it.
+            whole: Whether to try it in the whole model at once.
+        """
         container = self.runner.model.get_submodule(path)
         block = container.get_submodule(run[-1])
         call = self.calls[id(block)]
@@ -194,9 +200,9 @@ class _Finder:
         trial = self._trial(path, run, found)
         names = [n for n, _ in container.named_children()]
         kept: Kept = ((), ())
-        runs, obstacle = self._tried_nearby(trial, found)
+        runs, obstacle = (False, None) if whole else self._tried_nearby(trial, found)
         if runs and obstacle is None and found:
-            self._nearby[name] = trial
+            self._nearby[name] = trial, run
         elif not runs:
             runs, obstacle = self._tried(trial, kept, found)
         if not runs and (len(run) > 1 or len(run) == len(names)):
@@ -216,12 +222,14 @@ class _Finder:
 
     def check(self) -> None:
         """Try what was tried nearby only in the whole model: all of it together, and each by itself if that fails."""
-        of_container = {trial.path: trial for trial in self._nearby.values()}
+        names = list(self.stacks)
+        of_container = {trial.path: trial for trial, _ in self._nearby.values()}
         together = self._run(list(of_container.values()))
-        for name, trial in self._nearby.items():
+        for name, (trial, run) in self._nearby.items():
             if together != (True, None) or of_container[trial.path] is not trial:
-                obstacle = self._run([trial])[1]
-                self.stacks[name] = replace(self.stacks[name], obstacle=obstacle)
+                del self.stacks[name]
+                self.add(name, trial.path, run, whole=True)
+        self.stacks = {name: self.stacks[name] for name in names if name in self.stacks}
 
     def _trial(self, path: str, run: list[str], found: Identity | None) -> Trial:
         """Return the container with one block more behind the last of a run."""
