@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,6 +60,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             made = pytree.tree_map_only(Tensor, lambda t: Made(tuple(t.shape), t.dtype, t.device), out)
             self.values.append(made)
         return out
+
+
+class _ListsByItems(TorchFunctionMode):
+    """Lets ``tensor.tolist()`` read one number after the other, as on fake tensors: on data it is no operator."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.tolist:
+            return _items(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _items(tensor: Tensor) -> Any:
+    return [_items(row) for row in tensor.unbind()] if tensor.ndim else tensor.item()
 
 
 def record_outputs(model: nn.Module, call: Callable[[], Any], paths: Iterable[str]) -> dict[str, list[Any]]:
@@ -107,7 +121,8 @@ def plain_kernels() -> Iterator[None]:
     for log in loggers:
         log.disabled = True
     try:
-        with plain_layers(), torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
+        math = torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH])
+        with plain_layers(), math, _ListsByItems():
             yield
     finally:
         for log, disabled in loggers.items():
