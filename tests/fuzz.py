@@ -336,8 +336,8 @@ def main() -> None:
     models = [entry for name, entry in EVERYTHING.items() if fnmatch.fnmatch(name, arguments.models)]
     torch.set_num_threads(1)
     console = Console()
-    for entry in track(models, "tracing", console=console):
-        structure_of(entry)
+    traced = [(entry, structure_of(entry)) for entry in track(models, "tracing", console=console)]
+    models = [e for e, s in traced if s.groups or any(stack.obstacle is None for stack in s.stacks.values())]
     tally = Tally()
     rounds = -(-arguments.edits // (PER_EPISODE * len(models)))
     tasks = [(entry, arguments.seed + i) for i in range(rounds) for entry in models]

@@ -261,7 +261,8 @@ class Observer:
             self._roles_among_weights(name, args, inputs)
         elif len(inputs) > 1 and any(o != INPUT for o in owners):
             self._roles(func, args, inputs, outputs)
-        if weights_only or not owners - {INPUT} or name in _NAMES_OF_MIXING:
+        is_view = getattr(func, "is_view", False)  # no entry of a view is made of several
+        if not is_view and (weights_only or not owners - {INPUT} or name in _NAMES_OF_MIXING):
             self._mixing(name, args, inputs, outputs)
 
     def _values(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -390,7 +391,7 @@ class Observer:
                 for expr in self.dims(t):
                     symbols = self._known(expr).free_symbols
                     gone = name in _REDUCTIONS and not any(expr in self.dims(o) for o in outputs)
-                    if symbols and (gone or symbols - kept) and not name.startswith(("size", "select", "slice")):
+                    if symbols and (gone or symbols - kept):
                         self.trace.mixing.append((expr, f"'{name}' in {self.where} {ADDS_UP}"))
             return
         x = inputs[0]

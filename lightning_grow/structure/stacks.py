@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lightning_grow.structure.axes import Stack
 from lightning_grow.structure.counts import Kept, changes_of_depth, find_counts, renumbered
-from lightning_grow.structure.holders import Step
 from lightning_grow.structure.identity import (
     Call,
     Identity,
@@ -204,10 +203,10 @@ class _Finder:
         if runs and obstacle is None and found:
             self._nearby[name] = trial, run
         elif not runs:
-            runs, obstacle = self._tried(trial, kept, found)
+            runs, obstacle = self._tried([trial], kept, exact=bool(found))
         if not runs and (len(run) > 1 or len(run) == len(names)):
             lengths = {len(run), len(names), sum(id(c) in self.calls for c in container.children())}
-            works = lambda k: self._tried(trial, k, found) == (True, None)  # noqa: E731
+            works = lambda k: self._tried([trial], k, exact=bool(found)) == (True, None)  # noqa: E731
             counts = find_counts(self.runner.holders, path, sorted(lengths), works)
             if counts is not None:
                 kept, runs, obstacle = counts, True, None
@@ -224,7 +223,7 @@ class _Finder:
         """Try what was tried nearby only in the whole model: all of it together, and each by itself if that fails."""
         names = list(self.stacks)
         of_container = {trial.path: trial for trial, _ in self._nearby.values()}
-        together = self._run(list(of_container.values()))
+        together = self._tried(list(of_container.values()))
         for name, (trial, run) in self._nearby.items():
             if together != (True, None) or of_container[trial.path] is not trial:
                 del self.stacks[name]
@@ -256,22 +255,13 @@ class _Finder:
             return False, None
         return True, None if not found or same(outputs, near.outputs) else _CHANGES
 
-    def _tried(self, trial: Trial, kept: Kept, found: Identity | None) -> tuple[bool, str | None]:
-        """Return whether a new block is run if these counts follow, and what is wrong if something is."""
+    def _tried(self, trials: Sequence[Trial], kept: Kept = ((), ()), *, exact: bool = True) -> tuple[bool, str | None]:
+        """Return whether new blocks are run in the whole model, if counts follow, and what is wrong if something is."""
         try:
-            grown = list(
-                changes_of_depth(self.runner.model, kept, trial.blocks, trial.position, trial.blocks, insert=True)
-            )
-        except (AttributeError, LookupError, TypeError) as error:
-            return False, f"the model fails with one more block ({type(error).__name__})"
-        return self._run([trial], grown, exact=bool(found))
-
-    def _run(
-        self, trials: Sequence[Trial], changes: Sequence[tuple[Any, Step, Any]] = (), *, exact: bool = True
-    ) -> tuple[bool, str | None]:
-        moves = [change for trial in trials for change in trial.moves]
-        try:
-            seen, outputs = self.runner.run(trials, [*moves, *changes])
+            changes = [change for trial in trials for change in trial.moves]
+            for t in trials:
+                changes += changes_of_depth(self.runner.model, kept, t.blocks, t.position, t.blocks, insert=True)
+            seen, outputs = self.runner.run(trials, changes)
         except Exception as error:  # the model's own code: anything can happen
             return False, f"the model fails with one more block ({type(error).__name__})"
         if any(id(trial.new) not in seen for trial in trials):

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_grow as lg
+from lightning_grow.structure.proposal import propose
 from lightning_grow.structure.stacks import find_stacks
+from lightning_grow.structure.trace import _Tracer
 from tests.zoo_entry import Model
 
 
@@ -119,3 +121,18 @@ def test_what_looks_right_nearby_is_tried_in_the_whole_model(counts: bool) -> No
     stack = find_stacks(model, model, (x,), {})["body.inner"]
     assert stack.zeroed == ("down.weight", "down.bias")
     assert stack.obstacle == ("a new block changes the output, although it returns its input" if counts else None)
+
+
+def test_views_mix_nothing() -> None:
+    """Queries, keys and values have sizes of their own until they meet: what is expanded then is not added up."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        heads = (part(x).view(*x.shape[:2], -1, 4).transpose(1, 2) for part in self.parts)
+        return self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+    parts = nn.ModuleList(nn.Linear(6, 12) for _ in range(3))
+    model, x = Model(forward, parts=parts, out=nn.Linear(12, 2)), torch.randn(2, 5, 6)
+    tracer = _Tracer(model, model, (x,), {})
+    proposal = propose(tracer.subject, tracer._run(tracer.bound, {}))
+    assert [group.size for group in proposal.groups] == [3]
+    assert proposal.mixing == {}
