@@ -261,8 +261,8 @@ class Observer:
             self._roles_among_weights(name, args, inputs)
         elif len(inputs) > 1 and any(o != INPUT for o in owners):
             self._roles(func, args, inputs, outputs)
-        is_view = getattr(func, "is_view", False)  # no entry of a view is made of several
-        if not is_view and (weights_only or not owners - {INPUT} or name in _NAMES_OF_MIXING):
+        by_entry = getattr(func, "is_view", False) or torch.Tag.pointwise in getattr(func, "tags", ())
+        if not by_entry and (weights_only or not owners - {INPUT} or name in _NAMES_OF_MIXING):
             self._mixing(name, args, inputs, outputs)
 
     def _values(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from torch.utils._sympy.symbol import SymT, make_symbol
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from lightning_grow.structure.axes import Attribute
+from lightning_grow.structure.elementwise import elementwise, is_elementwise
 from lightning_grow.structure.modules import of_input
 from lightning_grow.structure.observe import INPUT, Bound, DataDependentSizeError, Expr, Observer, Trace, evaluate
 from lightning_grow.structure.probe import probe
@@ -185,6 +186,8 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
         self._depth += 1
         try:
             out: Any = self._view(*args) if func in _VIEWS else None
+            if out is None and is_elementwise(func):
+                out = self._elementwise(func, args, kwargs or {})
             if out is None:
                 out = super().dispatch(func, types, args, kwargs)
         finally:
@@ -200,8 +203,25 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
         found = viewed(tensor.shape, tensor.stride(), size, self._now)
         return None if found is None else torch.as_strided(tensor, found.shape, found.stride)
 
-    def _now(self, size: Any) -> int:
+    def _elementwise(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Return what an operator makes entry by entry; None if it is left to the engine."""
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        plain = all(isinstance(t, FakeTensor) and t.layout == torch.strided and t.constant is None for t in tensors)
+        devices = {tensor.device for tensor in tensors}
+        if not plain or len(devices) != 1:
+            return None
+        with unset_fake_temporarily():
+            made = elementwise(func, args, kwargs, self._now)
+        if made is None:
+            return None
+        new = {"dtype": made.dtype, "device": devices.pop()}
+        out: Any = super().dispatch(_ATEN.empty_strided.default, (), (made.shape, made.stride), new)
+        return out  # type: ignore[no-any-return]
+
+    def _now(self, size: Any) -> Any:
         """Return the number that a size is at present."""
+        if isinstance(size, torch.SymFloat):
+            return float(size.node.hint)
         return self.env.hint(_expr(size), {}) if isinstance(size, torch.SymInt) else size
 
     def size(self, expr: Expr) -> Any:

@@ -1,11 +1,13 @@
-"""Plain twins of the few fused kernels that say nothing about sizes.
+"""Plain twins of the few fused kernels that say nothing about sizes, or take long over them.
 
-PyTorch's recurrent kernels and ``bilinear`` accept symbolic sizes without checking them. While a model is traced, these
-functions stand in for them: the same axes meet in the same way, through ordinary operators. They are never run on data.
+PyTorch's recurrent kernels and ``bilinear`` accept symbolic sizes without checking them, and its attention is made of
+dozens of operators. While a model is traced, these functions stand in for them: the same axes meet in the same way,
+through a few ordinary operators. They are never run on data.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,6 +128,27 @@ def _bilinear(left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None =
     return out if bias is None else out + bias
 
 
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,  # noqa: ARG001 (says nothing about sizes, as the next)
+    is_causal: bool = False,  # noqa: ARG001
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Stand in for attention, without the care that its own operators take of rows in which all is masked."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = ((query * factor).unsqueeze(-2) * key.unsqueeze(-3)).sum(-1)
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    return (scores.softmax(-1).unsqueeze(-1) * value.unsqueeze(-3)).sum(-2)
+
+
 def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Stand in for a product in which runs of rows have weights of their own: ``(s, k), (g, k, n), (g) -> (s, n)``."""
     return (rows @ weights * ends.reshape(-1, 1, 1).to(rows.dtype)).sum(0)
@@ -137,6 +160,16 @@ class PlainTwins(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._batch = 0  # sequences in the last packed batch: its size is read from a tensor otherwise
+        self._own_attention = F.scaled_dot_product_attention
+
+    def __enter__(self) -> PlainTwins:
+        F.scaled_dot_product_attention = _attention  # for PyTorch's functions, whose inside a mode does not see
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        F.scaled_dot_product_attention = self._own_attention
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -146,6 +179,8 @@ class PlainTwins(TorchFunctionMode):
         kind = name.split("_")[0]
         if name == "bilinear":
             return _bilinear(*args, **kwargs)
+        if name == "scaled_dot_product_attention":
+            return _attention(*args, **kwargs)
         if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
             packed = isinstance(args[1], Tensor) and args[1].ndim == 1
             return (_recurrent_packed if packed else _recurrent)(kind, *args, **kwargs)

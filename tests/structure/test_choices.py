@@ -123,8 +123,8 @@ def test_what_looks_right_nearby_is_tried_in_the_whole_model(counts: bool) -> No
     assert stack.obstacle == ("a new block changes the output, although it returns its input" if counts else None)
 
 
-def test_views_mix_nothing() -> None:
-    """Queries, keys and values have sizes of their own until they meet: what is expanded then is not added up."""
+def test_what_works_entry_by_entry_mixes_nothing() -> None:
+    """Queries, keys and values have sizes of their own until they meet: views and products add nothing up."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         heads = (part(x).view(*x.shape[:2], -1, 4).transpose(1, 2) for part in self.parts)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as attention
+from torch.profiler import ProfilerActivity, profile
 
 import lightning_grow as lg
 from lightning_grow.structure.twins import PlainTwins
@@ -113,3 +115,24 @@ def test_a_grouped_product_shows_the_widths_of_experts() -> None:
     stream = {"stem.weight[0]", "stem.bias[0]", "router.weight[1]", "up[1]"}
     assert found == [{"up[2]", "down[1]"}, {"down[2]", "head.weight[1]"}, stream]
     assert all(group.obstacle is None for group in structure.groups.values() if group.size > 2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"scale": 0.3}, {"attn_mask": torch.randn(3, 5)}, {"enable_gqa": True}])
+def test_the_twin_of_attention_is_exact(settings: dict[str, Any]) -> None:
+    heads = 2 if "enable_gqa" in settings else 4
+    q, k, v = torch.randn(2, 4, 3, 6), torch.randn(2, heads, 5, 6), torch.randn(2, heads, 5, 7)
+    expected = attention(q, k, v, **settings)
+    with PlainTwins():
+        torch.testing.assert_close(attention(q, k, v, **settings), expected)
+
+
+def test_the_twin_of_attention_stands_in_inside_torch_too() -> None:
+    """A mode does not see what PyTorch's own functions call; ``nn.MultiheadAttention`` is one of them."""
+    module, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(2, 3, 8)
+    with torch.enable_grad():
+        expected, _ = module(x, x, x, need_weights=False)
+        with PlainTwins(), profile(activities=[ProfilerActivity.CPU]) as seen:
+            found, _ = module(x, x, x, need_weights=False)
+    torch.testing.assert_close(found, expected)
+    assert not any("scaled_dot_product" in event.key for event in seen.key_averages())
+    assert nn.functional.scaled_dot_product_attention is attention
