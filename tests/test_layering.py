@@ -13,7 +13,7 @@ CORE = ("structure",)
 MAY_IMPORT = {
     "structure": (),
     "surgery": CORE,
-    "criteria": CORE,
+    "criteria": (*CORE, "surgery"),  # candidates are tried in copies, resized by the surgery that will be done
     "costs": CORE,
     "planning": (*CORE, "costs"),
     "optim": (),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_grow.structure.axes import Axis, AxisGroup, layout_units
+from lightning_grow.structure.axes import Axis, AxisGroup, Role, layout_length, layout_units, tensor_of
 from lightning_grow.structure.layout import entry_share
 
 
@@ -34,3 +34,98 @@ def sizes_of(model: nn.Module, group: AxisGroup) -> dict[str, int]:
     """Return the unit counts, in the model, of every group that the axes of this group depend on."""
     units = {name: u for axis in group.axes for name, u in layout_units(axis.layout).items()}
     return {name: u.size_in(model) for name, u in units.items()}
+
+
+class UnitVectors:
+    """The weights of a group, unit by unit: one vector for each unit, whatever tensors and axes it is spread over.
+
+    With role ``"produced"`` it is the fan-in of a unit: rows of the layers that make it, and biases; for an attention
+    head the rows of its queries, keys and values; for a gated unit those of its gate, too. With role ``"consumed"`` it
+    is its fan-out.
+
+    Args:
+        model: The model, or a resized copy of it.
+        group: The group, with the size that it has in the model.
+        role: Whose axes count.
+        trained: Leave out parameters that are frozen.
+
+    Attributes:
+        length: Entries of each vector.
+
+    Example:
+        >>> from lightning_grow.structure import trace
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> fan_in = UnitVectors(model, trace(model, torch.zeros(1, 4))["0"], "produced")
+        >>> fan_in.of(dict(model.named_parameters())).shape  # four weights and a bias
+        torch.Size([8, 5])
+    """
+
+    def __init__(self, model: nn.Module, group: AxisGroup, role: Role, *, trained: bool = True) -> None:
+        self.group = group
+        self._sizes = sizes_of(model, group)
+        named = dict(model.named_parameters())
+        self.axes = tuple(
+            axis
+            for axis in group.with_role(role)
+            if axis.tensor in named and (named[axis.tensor].requires_grad or not trained)
+        )
+        self._shapes = {axis.label: tuple(named[axis.tensor].shape) for axis in self.axes}
+        self._entries = {axis.label: self._entries_of(axis, self._sizes) for axis in self.axes}
+        self._lengths = [
+            self._entries[a.label].shape[1] * (named[a.tensor].numel() // named[a.tensor].shape[a.dim])
+            for a in self.axes
+        ]
+        self.length = sum(self._lengths)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters, each once."""
+        return tuple(dict.fromkeys(axis.tensor for axis in self.axes))
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the vectors of tensors by parameter name (the parameters, or their gradients): ``(size, length)``."""
+        parts = []
+        for axis in self.axes:
+            entries = self._entries[axis.label]
+            tensor = tensors[axis.tensor].detach().movedim(axis.dim, 0)
+            parts.append(tensor[entries.reshape(-1).to(tensor.device)].reshape(len(entries), -1))
+        return torch.cat(parts, dim=1)
+
+    def write_(self, model: nn.Module, vectors: Tensor) -> None:
+        """Set the weights of all units of a model: ``(size, length)``."""
+        with torch.no_grad():
+            for axis, part in zip(self.axes, torch.split(vectors, self._lengths, dim=1), strict=True):
+                tensor = tensor_of(model, axis.tensor).detach().movedim(axis.dim, 0)
+                entries = self._entries[axis.label].reshape(-1).to(tensor.device)
+                tensor[entries] = part.reshape(len(entries), *tensor.shape[1:]).to(tensor)
+
+    def spread(self, vectors: Tensor, *, new: int = 0) -> dict[str, Tensor]:
+        """Return vectors as entries of the axes, by label: what `Edit.shifts` and `Edit.values` want.
+
+        Args:
+            vectors: ``(units, length)``: one for each unit of the group after an edit (shifts), or
+            new: so many, for each new unit (values), without entries for anything else.
+
+        Returns:
+            Tensors of the shapes of the parameters, with the axis as long as it is then; where other units share an
+            axis, and for units that are not given, zero.
+        """
+        found = {}
+        units = new or len(vectors)
+        for axis, part in zip(self.axes, torch.split(vectors, self._lengths, dim=1), strict=True):
+            sizes = {**self._sizes, self.group.name: units}
+            entries = self._entries_of(axis, sizes).reshape(-1)
+            shape = list(self._shapes[axis.label])
+            rest = shape[: axis.dim] + shape[axis.dim + 1 :]
+            rows = vectors.new_zeros([layout_length(axis.layout, sizes), *rest])
+            rows[entries] = part.reshape(len(entries), *rest)
+            found[axis.label] = (rows[entries.sort().values] if new else rows).movedim(0, axis.dim)
+        return found
+
+    def _entries_of(self, axis: Axis, sizes: Mapping[str, int]) -> Tensor:
+        """Return the entries of each unit along an axis, in order: int64 ``(size, entries of a unit)``."""
+        size = sizes[self.group.name]
+        position = torch.arange(size, dtype=torch.float64) + 2
+        owner = entry_share(axis.layout, sizes, {self.group.name: position}).long() - 2
+        mine = torch.nonzero(owner >= 0).flatten()
+        return mine[owner[mine].argsort(stable=True)].reshape(size, -1)

@@ -22,7 +22,16 @@ from lightning_grow.surgery.configs import configured
 from lightning_grow.surgery.edit import Edit
 from lightning_grow.surgery.fill import edited
 from lightning_grow.surgery.optimizer_state import OptimizerMemory, plan_attributes
-from lightning_grow.surgery.plan import AxisMap, NewValues, TensorPlan, axis_map, gather, value_source
+from lightning_grow.surgery.plan import (
+    AxisMap,
+    NewValues,
+    Shift,
+    TensorPlan,
+    axis_map,
+    gather,
+    shift_source,
+    value_source,
+)
 from lightning_grow.surgery.swap import Commit, check_swappable
 
 log = logging.getLogger(__name__)
@@ -126,7 +135,8 @@ def plan_model(model: nn.Module, edits: Iterable[Edit]) -> ModelPlan:
         key = (axis.dim, axis.role, axis.layout)
         if key not in maps:
             maps[key] = axis_map(axis.dim, axis.role, axis.layout, sizes, of_axis)
-        m = _padded(_with_values(maps[key], axis, tensor, sizes, of_axis), axis, of_axis)
+        m = _with_shifts(_with_values(maps[key], axis, tensor, sizes, of_axis), axis, tensor, sizes, of_axis)
+        m = _padded(m, axis, of_axis)
         if m.is_identity(tensor.shape[axis.dim]):
             continue
         planned = tensors.get(id(tensor), PlannedTensor(axis.tensor, tensor, (), _is_mask(model, axis.tensor)))
@@ -318,3 +328,24 @@ def _with_values(
             )
         given.append(NewValues(values, source))
     return replace(m, values=tuple(given)) if given else m
+
+
+def _with_shifts(
+    m: AxisMap, axis: Axis, tensor: Tensor, sizes: Mapping[str, int], edits: Mapping[str, Edit]
+) -> AxisMap:
+    """Return the map with what the edits add to the entries of this axis."""
+    given = []
+    for name, edit in edits.items():
+        shift = edit.shifts.get(axis.label)
+        if shift is None:
+            continue
+        source, length = shift_source(axis.layout, sizes, edits, name)
+        expected = (*tensor.shape[: axis.dim], length, *tensor.shape[axis.dim + 1 :])
+        if shift.shape != expected:
+            raise ValueError(
+                f"Shifts of {axis.label} in the edit of group '{name}' must have shape {tuple(expected)} (that of the "
+                f"tensor before the edit, with {length} entries along dimension {axis.dim}), but have shape "
+                f"{tuple(shift.shape)}."
+            )
+        given.append(Shift(shift, source))
+    return replace(m, shifts=tuple(given)) if given else m

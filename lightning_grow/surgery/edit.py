@@ -30,6 +30,8 @@ class Edit:
         values: New entries by axis label (``"fc1.weight[0]"``): the shape of the tensor before the edit, with the
             length of that axis replaced by the number of its new entries, in the order of the axis. Axes that are
             not named get default values.
+        shifts: What is added to the entries of an axis, copied ones too, by axis label: the shape of the tensor before
+            the edit, with the length that the axis has after it. A copy that is moved is an offspring of a split.
         seed: Seeds the default values of new entries: equal on all ranks, and independent of torch's global state.
         parents: For each unit after the edit, the unit from whose fan-out a new one was given its share, or -1; empty
             where no new unit was given any. It tells what is handed back when the edit is shortened.
@@ -53,6 +55,7 @@ class Edit:
     index: tuple[int, ...]
     share: tuple[float, ...] = ()
     values: Mapping[str, Tensor] = field(default_factory=dict)
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     parents: tuple[int, ...] = ()
     padding: Padding | None = None
@@ -79,10 +82,10 @@ class Edit:
 
     def _check_values(self) -> None:
         labels = [axis.label for axis in self.group.axes]
-        unknown = [label for label in self.values if label not in labels]
+        unknown = [label for label in (*self.values, *self.shifts) if label not in labels]
         if unknown:
             raise ValueError(
-                f"Values are given for {_listed(unknown)}, but the axes of group '{self.group.name}' are "
+                f"Values or shifts are given for {_listed(unknown)}, but the axes of group '{self.group.name}' are "
                 f"{_listed(labels)}."
             )
         if self.values and not self.num_new:
@@ -106,7 +109,7 @@ class Edit:
     @property
     def is_identity(self) -> bool:
         """Whether the edit leaves everything as it is."""
-        return self.index == tuple(range(self.group.size)) and set(self.share) <= {1.0}
+        return not self.shifts and self.index == tuple(range(self.group.size)) and set(self.share) <= {1.0}
 
     def __str__(self) -> str:
         return f"{self.group.name}: {self.group.size} -> {self.new_size} units"

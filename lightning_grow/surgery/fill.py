@@ -21,7 +21,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from lightning_grow.surgery.plan import AxisMap, gather
+from lightning_grow.surgery.plan import AxisMap, Shift, gather
 
 _SAMPLE = 2**17
 _DRAWS = 1_048_573
@@ -58,6 +58,9 @@ def edited(tensor: Tensor, name: str, maps: tuple[AxisMap, ...], is_mask: bool =
             _fill_(out, tensor, f"{name}[{m.dim}]", m)
             for values in m.values:
                 _put_values_(out, m, values.tensor, values.source, tuple(o for o in maps if o is not m))
+    for m in maps:
+        for shift in m.shifts:
+            _shift_(out, m, shift, tuple(o for o in maps if o is not m))
     return out
 
 
@@ -192,14 +195,28 @@ def _moments(tensor: Tensor) -> tuple[float, float]:
     return mean, math.sqrt(variance * count / (count - 1))
 
 
+def _shift_(out: Tensor, m: AxisMap, shift: Shift, others: tuple[AxisMap, ...]) -> None:
+    """Add given values to entries: gathered along the other axes like the weight, zero where those have new entries."""
+    taken = (shift.source >= 0).nonzero().flatten()
+    selected = taken.to(out.device)
+    added = _followed(shift.tensor, out, others).index_select(m.dim, shift.source[taken].to(out.device))
+    out.index_copy_(m.dim, selected, out.index_select(m.dim, selected) + added)
+
+
 def _put_values_(out: Tensor, m: AxisMap, values: Tensor, source: Tensor, others: tuple[AxisMap, ...]) -> None:
     """Write given values: gathered along the other axes like the weight, zero where those have new entries."""
+    values = _followed(values, out, others)
+    taken = (source >= 0).nonzero().flatten()
+    out.index_copy_(m.dim, taken.to(out.device), values.index_select(m.dim, source[taken].to(out.device)))
+
+
+def _followed(values: Tensor, out: Tensor, others: tuple[AxisMap, ...]) -> Tensor:
+    """Return values of entries along one axis as they are after the edits of the other axes."""
     values = gather(values.detach().to(device=out.device, dtype=out.dtype), others)
     for other in others:
         if other.role == "consumed" and other.share is not None:
             scale_(values, other, other.share)
-    taken = (source >= 0).nonzero().flatten()
-    out.index_copy_(m.dim, taken.to(out.device), values.index_select(m.dim, source[taken].to(out.device)))
+    return values
 
 
 def _is_vector(tensor: Tensor, dim: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_grow.structure.axes import Layout, Role, Units
+from lightning_grow.structure.axes import Layout, Role, Units, layout_length
 from lightning_grow.structure.layout import entry_index, entry_share
 from lightning_grow.surgery.edit import Edit
 
@@ -34,6 +34,21 @@ class NewValues:
 
 
 @dataclass(frozen=True, eq=False)
+class Shift:
+    """What is added to the entries of an axis.
+
+    Attributes:
+        tensor: The shape of the tensor before the edit, with the length of the axis that it has after the edit of one
+            group.
+        source: For each entry of the axis after all edits the entry of ``tensor`` that it takes, or -1 for none:
+            int64 ``(new_length,)``.
+    """
+
+    tensor: Tensor
+    source: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class AxisMap:
     """The gather map of one axis of a tensor.
 
@@ -46,6 +61,7 @@ class AxisMap:
             the gate: int64 ``(new_length,)``, or None when all units have one entry in one block.
         seed: Seeds the default values of new entries.
         values: Given values of new entries; the others get default values.
+        shifts: What is added to the entries.
         gain: What present entries are multiplied by.
         fill: What new entries are: ``"default"`` values, ``"zeros"``, the ``"mean"`` of the others, or ``"random"``.
     """
@@ -57,6 +73,7 @@ class AxisMap:
     place: Tensor | None = None
     seed: int = 0
     values: tuple[NewValues, ...] = ()
+    shifts: tuple[Shift, ...] = ()
     gain: float = 1.0
     fill: Literal["default", "zeros", "mean", "random"] = "default"
 
@@ -88,7 +105,7 @@ class AxisMap:
 
     def is_identity(self, old_length: int) -> bool:
         """Return whether the axis, of this length before the edit, stays as it is."""
-        return self.share is None and self.gain == 1 and self.segments == ((0, 0, old_length),)
+        return not self.shifts and self.share is None and self.gain == 1 and self.segments == ((0, 0, old_length),)
 
     def shaped(self, vector: Tensor, ndim: int) -> Tensor:
         """Return a vector along this axis, shaped so that it broadcasts over a tensor of ``ndim`` dimensions."""
@@ -119,7 +136,7 @@ class TensorPlan:
             kept = (m.index >= 0).nonzero().flatten()
             back = torch.full((self.old_shape[m.dim],), -1)
             back[m.index[kept]] = kept
-            if m.share is not None or m.gain != 1 or bool((back < 0).any()):
+            if m.share is not None or m.gain != 1 or m.shifts or bool((back < 0).any()):
                 return None
             inverse.append(AxisMap(m.dim, m.role, back))
         return tuple(inverse)
@@ -170,6 +187,24 @@ def value_source(layout: Layout, sizes: Mapping[str, int], edits: Mapping[str, E
     rank = torch.where(own_new, own_new.cumsum(0) - 1, -1)
     others = entry_index(layout, {**sizes, group: edits[group].new_size}, index)
     return torch.where(others >= 0, rank[others.clamp(min=0)], -1), int(own_new.sum())
+
+
+def shift_source(layout: Layout, sizes: Mapping[str, int], edits: Mapping[str, Edit], group: str) -> tuple[Tensor, int]:
+    """Return which entries of an axis after all edits take which of the shifts given by the edit of one group.
+
+    Args:
+        layout: The blocks of the axis.
+        sizes: Units of each group before the edits.
+        edits: Edits of groups of the layout, by group name.
+        group: The group whose edit shifts entries.
+
+    Returns:
+        For each entry after all edits the entry of the shifts, or -1 (int64 ``(new_length,)``), and the length that
+        the shifts must have along the axis.
+    """
+    index = {name: torch.tensor(edit.index, dtype=torch.int64) for name, edit in edits.items() if name != group}
+    own = {**sizes, group: edits[group].new_size}
+    return entry_index(layout, own, index), layout_length(layout, own)
 
 
 def gather(tensor: Tensor, maps: tuple[AxisMap, ...], zero_new: bool = True) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from lightning_grow.criteria.objective import MeasurementError, Objective
 from lightning_grow.criteria.statistics import Statistic
 from lightning_grow.structure.axes import AxisGroup, Stack, Structure
 
@@ -23,6 +24,8 @@ class Occasion:
         groups: The groups that the user chose, without those that are at a limit already.
         stacks: The stacks that the user chose, without those that are at a limit already.
         statistics: What was observed since the trigger, summed over ranks; as the method's `statistics` named it.
+        objective: The training loss on the batches since the trigger, for copies of the model; for methods that set
+            `measures`, otherwise None.
         step: Optimizer steps done.
         seed: Seed of the callback.
         least_units: Units that have to stay in each of the groups. Changes that go too far are shortened afterwards;
@@ -37,6 +40,18 @@ class Occasion:
     step: int
     seed: int
     least_units: Mapping[str, int] = field(default_factory=dict)
+    objective: Objective | None = None
+
+    @property
+    def measured(self) -> Objective:
+        """The objective, for a method that measures.
+
+        Raises:
+            MeasurementError: If there is none.
+        """
+        if self.objective is None:
+            raise MeasurementError("No batch was kept to measure the loss on: the method should set `measures`.")
+        return self.objective
 
     def generator(self, name: str) -> torch.Generator:
         """Return a generator of its own for a group or stack: the same on all ranks, and after a resume."""

@@ -18,6 +18,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_grow.criteria.objective import MeasurementError, Objective
 from lightning_grow.structure import Structure, StructureError, trace, trace_call
 from lightning_grow.structure.stacks import find_stacks
 
@@ -155,6 +156,35 @@ def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor] | None)
     return max((float((a - b).abs().max()) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)
 
 
+def objective_of(trainer: pl.Trainer, batches: Sequence[tuple[Any, int]]) -> Objective:
+    """Return the loss of training steps on some batches, for copies of a LightningModule.
+
+    With manual optimization it is the sum of what the step hands to ``manual_backward``. Copies log nothing, step no
+    optimizer, and see the trainer's precision.
+    """
+
+    def loss(model: nn.Module, batch: tuple[Any, int]) -> Tensor:
+        assert isinstance(model, pl.LightningModule)
+        with _quiet(trainer, model), _eagerly(), trainer.precision_plugin.train_step_context():
+            returned, backward = _Step(model)(*_step_arguments(model, *batch))
+        return _scalar_loss(model, returned, backward)
+
+    def reduce(tensor: Tensor) -> Tensor:
+        summed: Tensor = trainer.strategy.reduce(tensor, reduce_op="sum")
+        return summed
+
+    return Objective(loss, batches, reduce)
+
+
+def _scalar_loss(model: nn.Module, returned: Any, backward: Sequence[Any]) -> Tensor:
+    if backward:
+        return torch.stack([loss.sum() for loss in backward]).sum()
+    loss = returned.get("loss") if isinstance(returned, Mapping) else returned
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise MeasurementError(f"`{type(model).__name__}.training_step` returned no loss to measure.")
+    return loss.reshape(())
+
+
 @contextlib.contextmanager
 def quiet_copy(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[pl.LightningModule]:
     """Give a deep copy of a module whose steps log nothing and step no optimizer.
@@ -169,15 +199,25 @@ def quiet_copy(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[pl.L
             f"{type(module).__name__} cannot be copied to try something on it: {error}. An attribute that holds a "
             "tensor with a graph (a loss kept between batches) should be detached."
         ) from error
-    probe.trainer = trainer
-    for inner in probe.modules():
-        if isinstance(inner, pl.LightningModule):
-            for name, quiet in _quiet_methods(trainer).items():
-                inner.__dict__[name] = quiet
-    try:
+    with _quiet(trainer, probe):
         yield probe
+
+
+@contextlib.contextmanager
+def _quiet(trainer: pl.Trainer, probe: pl.LightningModule) -> Iterator[None]:
+    """Let a copy see the trainer, but log nothing and step no optimizer."""
+    quiet = _quiet_methods(trainer)
+    inner = [module for module in probe.modules() if isinstance(module, pl.LightningModule)]
+    for module in inner:
+        vars(module).update(quiet)
+    probe.trainer = trainer
+    try:
+        yield
     finally:
         probe.trainer = None
+        for module in inner:
+            for name in quiet:
+                vars(module).pop(name, None)
 
 
 def run_eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

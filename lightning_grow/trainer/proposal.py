@@ -78,7 +78,8 @@ def trimmed(edit: Edit, size: int, sizes: Mapping[str, int]) -> Edit:
     axes = {axis.label: axis for axis in edit.group.axes}
     given = edit.values if -1 in index else {}
     values = {label: _kept_values(value, edit, axes[label], size, sizes) for label, value in given.items()}
-    return replace(edit, index=index, share=tuple(share), values=values, parents=edit.parents[:size])
+    shifts = {label: _kept_shifts(shift, edit, axes[label], size, sizes) for label, shift in edit.shifts.items()}
+    return replace(edit, index=index, share=tuple(share), values=values, shifts=shifts, parents=edit.parents[:size])
 
 
 def spared(edit: Edit, size: int) -> Edit:
@@ -112,6 +113,17 @@ def _kept_values(value: Tensor, edit: Edit, axis: Axis, size: int, sizes: Mappin
     owner = entry_share(axis.layout, sizes, {edit.group.name: position}).long() - 2
     new = (owner >= 0) & (index[owner.clamp(min=0)] < 0)
     return value.index_select(axis.dim, torch.nonzero(owner[new] < size).flatten().to(value.device))
+
+
+def _kept_shifts(shift: Tensor, edit: Edit, axis: Axis, size: int, sizes: Mapping[str, int]) -> Tensor:
+    """Drop the shifts of units that are no longer made; those of units that have lost a copy become zero."""
+    group, after = edit.group.name, {**sizes, edit.group.name: len(edit.index)}
+    position = torch.arange(len(edit.index), dtype=torch.float64) + 2
+    owner = entry_share(axis.layout, after, {group: position}).long() - 2
+    lost = set(edit.index[size:]) - {-1}
+    moved = torch.tensor([source not in lost for source in edit.index] + [True])  # the last: other blocks' entries
+    kept = shift * moved[owner].to(shift).reshape([-1 if d == axis.dim else 1 for d in range(shift.ndim)])
+    return kept.index_select(axis.dim, torch.nonzero(owner < size).flatten().to(shift.device))
 
 
 def size_after(change: Change) -> int:
@@ -149,8 +161,9 @@ def fingerprint(changes: Sequence[Change]) -> int:
             digest.update(repr(change).encode())
             continue
         digest.update(repr((change.group.name, change.group.size, change.index, change.share, change.seed)).encode())
-        for label in sorted(change.values):
-            value = change.values[label].detach().to("cpu", torch.float64).contiguous()
-            digest.update(repr((label, tuple(value.shape))).encode())
-            digest.update(value.numpy().tobytes())
+        for given in (change.values, change.shifts):
+            for label in sorted(given):
+                value = given[label].detach().to("cpu", torch.float64).contiguous()
+                digest.update(repr((label, tuple(value.shape))).encode())
+                digest.update(value.numpy().tobytes())
     return int.from_bytes(digest.digest()[:7], "big")

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from lightning_grow.criteria.objective import MeasurementError
 from lightning_grow.criteria.statistics import Statistic
 from lightning_grow.planning import Plan
 from lightning_grow.structure.axes import AxisGroup, Structure
@@ -24,6 +25,7 @@ from lightning_grow.trainer.probe import (
     count_of,
     example_inputs,
     largest_difference,
+    objective_of,
     outputs_if_possible,
     run_eagerly,
     trace_module,
@@ -78,6 +80,9 @@ class StructuralCallback(pl.Callback, ABC):
 
     shrinks: ClassVar[bool] = False
     """Whether the method makes models smaller: it then starts above a budget, and stops when it is reached."""
+
+    measures: ClassVar[bool] = False
+    """Whether the method measures the loss of copies of the model: the window then keeps its batches for it."""
 
     window_batches: int = 8
     """Ordinary batches that the statistics observe before an event, for methods that look at data."""
@@ -237,7 +242,7 @@ class StructuralCallback(pl.Callback, ABC):
         if self._run.awaits_loss and self._run.last_event_step != trainer.global_step:
             self._run.answer(loss_of(outputs))
         if self._window is not None:
-            self._window.batches += 1
+            self._window.saw(batch, batch_idx)
         finished = finished_epochs(trainer) if self.trigger.every_n_epochs is not None else None
         step = trainer.global_step
         if step == self._seen_step and finished is None:
@@ -263,22 +268,25 @@ class StructuralCallback(pl.Callback, ABC):
         if self._run.last_event_step == trainer.global_step:
             return  # another callback's turn; the next step is ours
         window = self.close_window()
-        statistics = {} if window is None else window.reduced(trainer)
         self._due = False
-        self._event(trainer, pl_module, statistics, outputs, batch, batch_idx)
+        self._event(trainer, pl_module, window or Window({}), outputs, batch, batch_idx)
 
     def _event(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        statistics: Mapping[str, Statistic],
+        window: Window,
         outputs: Any,
         batch: Any,
         batch_idx: int,
     ) -> None:
         structure = self._run.live_structure(pl_module)
-        occasion = self._occasion(trainer, pl_module, structure, statistics)
-        proposals = [p for p in self.propose(occasion) if not is_nothing(p.change)]
+        try:
+            proposals = self.propose(self._occasion(trainer, pl_module, structure, window))
+        except MeasurementError as error:
+            rank_zero_only(log.warning)("%s changes nothing this time: %s", type(self).__name__, error)
+            return
+        proposals = [p for p in proposals if not is_nothing(p.change)]
         proposals = self.scope.within_limits(proposals, structure)
         fitting = self._within_budget(trainer, pl_module, structure, proposals)
         changes = [p.change for p in fitting]
@@ -387,12 +395,23 @@ class StructuralCallback(pl.Callback, ABC):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         structure: Structure,
-        statistics: Mapping[str, Statistic],
+        window: Window,
     ) -> Occasion:
         groups = tuple(self.scope.groups(structure, shrink=self.shrinks, with_room=True))
         stacks = tuple(self.scope.stacks(structure, shrink=self.shrinks, with_room=True))
         least = self.scope.least_units(groups)
-        return Occasion(pl_module, structure, groups, stacks, statistics, trainer.global_step, self.seed, least)
+        objective = objective_of(trainer, window.kept) if self.measures else None
+        return Occasion(
+            pl_module,
+            structure,
+            groups,
+            stacks,
+            window.reduced(trainer),
+            trainer.global_step,
+            self.seed,
+            least,
+            objective,
+        )
 
     def _meter(self, trainer: pl.Trainer, pl_module: pl.LightningModule, structure: Structure) -> Meter:
         inputs = example_inputs(trainer, pl_module) if self.budget.needs_running else None
@@ -407,9 +426,9 @@ class StructuralCallback(pl.Callback, ABC):
         structure = self._run.live_structure(pl_module)
         groups = self.scope.groups(structure, shrink=self.shrinks, with_room=True)
         statistics = self.statistics(structure, groups)
-        if not statistics:
+        if not statistics and not self.measures:
             return False
-        self._window = Window(dict(statistics))
+        self._window = Window(dict(statistics), keeps=self.measures)
         if saved is not None:
             self._window.load_state_dict(saved, pl_module.device)
         self._window.attach(pl_module)

@@ -7,21 +7,32 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_grow.criteria.statistics import Statistic
 
 
 class Window:
-    """Statistics that observe ordinary batches: no second loader, no extra pass.
+    """Statistics that observe ordinary batches, and the batches themselves: no second loader.
 
     Args:
         statistics: What observes, by name.
+        keeps: Whether the batches are kept, for a method that measures the loss on them at the event.
     """
 
-    def __init__(self, statistics: Mapping[str, Statistic]) -> None:
+    def __init__(self, statistics: Mapping[str, Statistic], *, keeps: bool = False) -> None:
         self.statistics = statistics
+        self.keeps = keeps
         self.batches = 0
+        self.kept: list[tuple[Any, int]] = []
+
+    def saw(self, batch: Any, batch_idx: int) -> None:
+        """Count a batch, and keep it if it will be needed."""
+        self.batches += 1
+        if self.keeps:
+            batch = pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, batch)
+            self.kept.append((batch, batch_idx))
 
     def attach(self, module: nn.Module) -> None:
         """Begin to observe."""
@@ -40,12 +51,14 @@ class Window:
         return self.statistics
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums so far, of this rank."""
+        """Return the sums and batches so far, of this rank."""
         sums = {name: statistic.state_dict() for name, statistic in self.statistics.items()}
-        return {"batches": self.batches, "sums": sums}
+        kept = pytree.tree_map_only(Tensor, lambda leaf: leaf.cpu(), self.kept)
+        return {"batches": self.batches, "sums": sums, "kept": kept}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from saved sums."""
+        """Go on from saved sums and batches."""
         self.batches = state["batches"]
+        self.kept = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), list(state.get("kept", [])))
         for name, sums in state["sums"].items():
             self.statistics[name].load_state_dict(sums, device)

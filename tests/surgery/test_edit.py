@@ -79,7 +79,7 @@ def test_units_may_come_as_tensors_and_edits_travel() -> None:
         (ValueError, "2 units after it, but 1 shares", lambda: Edit(GROUP, (0, 1), (1.0,))),
         (
             ValueError,
-            r"Values are given for 9.weight\[0\], but the axes of group '0' are",
+            r"Values or shifts are given for 9.weight\[0\], but the axes of group '0' are",
             lambda: widen(GROUP, 1, values={"9.weight[0]": torch.ones(1, 3)}),
         ),
         (
