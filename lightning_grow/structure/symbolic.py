@@ -54,6 +54,7 @@ class UntraceableError(RuntimeError):
         super().__init__(f"{type(error).__name__}: {error}")
         self.path = path
         self.reads_values = reads_values
+        self.wants_numbers = torch.SymInt.__name__ in str(error)  # what is kept here can never be a symbol
 
 
 class _Specialised(Exception):  # noqa: N818

@@ -351,19 +351,23 @@ class _Tracer:
     def _freed(self, proposal: Proposal) -> Proposal:
         """Return the proposal with sizes kept in Python varying as well, where the model still runs and that helps."""
         tried: set[Bound] = set()
-        failed: list[dict[Bound, Source]] = []
+        done: list[dict[Bound, Source]] = []
+        refused: set[Bound] = set()
         trials = self._sizes_that_pin(proposal, self.bound)
         while trials:
-            freed = trials.pop(0)
-            if freed in failed:
+            freed = {place: source for place, source in trials.pop(0).items() if place not in refused}
+            if not freed or freed in done:
                 continue
+            done.append(freed)
             tried |= set(freed)
             try:
                 other = propose(self.subject, self._run(self.bound | freed, self.narrow))
             except UntraceableError as error:
                 log.debug("sizes kept in Python stay fixed: %s", error)
-                failed.append(freed)
-                trials = _kind_by_kind(freed) + trials  # one of them may be no size at all
+                kinds = _kind_by_kind(freed)  # one of them may be no size at all
+                trials = kinds + trials
+                if not kinds and error.wants_numbers:
+                    refused |= set(freed)
                 continue
             if len(other.pinned) < len(proposal.pinned):
                 proposal, self.bound = other, self.bound | freed
