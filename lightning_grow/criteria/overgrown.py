@@ -11,11 +11,13 @@ import copy
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lightning_grow.criteria.objective import Objective
-from lightning_grow.criteria.units import UnitVectors
-from lightning_grow.structure.axes import AxisGroup, Role
+from lightning_grow.criteria.units import UnitVectors, sizes_of
+from lightning_grow.structure.axes import AxisGroup, Role, tensor_of
+from lightning_grow.structure.layout import entry_share
 from lightning_grow.surgery.apply import apply_
 from lightning_grow.surgery.edit import Edit
 
@@ -45,9 +47,10 @@ class Overgrown:
         self.model = copy.deepcopy(model)
         apply_(self.model, edits)
         self._vectors: dict[tuple[str, Role], UnitVectors] = {}
+        self._groups: dict[str, AxisGroup] = {}
         roles: tuple[Role, ...] = ("produced", "consumed")
         for edit in edits:
-            group = _resized(edit)
+            group = self._groups[edit.group.name] = _resized(edit)
             for role in roles:
                 self._vectors[group.name, role] = UnitVectors(self.model, group, role)
 
@@ -59,11 +62,36 @@ class Overgrown:
         """Set the weights of all units of a group: ``(size, length)``."""
         self._vectors[group, role].write_(self.model, vectors)
 
-    def gradients(self, objective: Objective) -> tuple[float, Mapping[tuple[str, Role], Tensor]]:
+    def entries(self, group: str, units: Sequence[int]) -> dict[str, Tensor]:
+        """Return what some units have in the copy, by axis label: what `Edit.values` wants, to keep them.
+
+        Tensors that the group has several axes of (units that read their own group) are left out.
+
+        Args:
+            group: Name of an edited group.
+            units: Units of the copy, in rising order.
+        """
+        members = self._groups[group]
+        sizes = sizes_of(self.model, members)
+        chosen = torch.zeros(members.size, dtype=torch.float64).index_fill_(0, torch.tensor(units), 1.0) + 1
+        found = {}
+        tensors = [axis.tensor for axis in members.axes]
+        for axis in members.axes:
+            if tensors.count(axis.tensor) > 1:
+                continue
+            mine = torch.nonzero(entry_share(axis.layout, sizes, {group: chosen}) == 2).flatten()
+            tensor = tensor_of(self.model, axis.tensor).detach()
+            found[axis.label] = tensor.index_select(axis.dim, mine.to(tensor.device))
+        return found
+
+    def gradients(
+        self, objective: Objective, roles: Sequence[Role] = ("produced", "consumed")
+    ) -> tuple[float, Mapping[tuple[str, Role], Tensor]]:
         """Return the loss, and its gradient for the units of each group and role: ``(size, length)`` each."""
-        names = [name for vectors in self._vectors.values() for name in vectors.parameters]
+        wanted = {key: vectors for key, vectors in self._vectors.items() if key[1] in roles and vectors.axes}
+        names = [name for vectors in wanted.values() for name in vectors.parameters]
         loss, gradients = objective.gradients(self.model, names)
-        return loss, {key: vectors.of(gradients) for key, vectors in self._vectors.items() if vectors.axes}
+        return loss, {key: vectors.of(gradients) for key, vectors in wanted.items()}
 
 
 def _resized(edit: Edit) -> AxisGroup:
