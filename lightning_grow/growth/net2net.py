@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_grow.criteria.units import sizes_of
-from lightning_grow.structure.axes import Axis, AxisGroup, Stack, tensor_of
+from lightning_grow.structure.axes import AxisGroup, Stack, tensor_of
 from lightning_grow.structure.errors import StructureError
-from lightning_grow.structure.layout import entry_index, entry_share
+from lightning_grow.structure.layout import entry_share
 from lightning_grow.surgery.edit import Edit
 from lightning_grow.trainer.occasion import Occasion
 from lightning_grow.trainer.proposal import BlockEdit, Proposal, rounded
@@ -96,7 +96,7 @@ def net2wider(
 def with_noise(edit: Edit, model: nn.Module, noise: float, generator: torch.Generator) -> Edit:
     """Add noise to the fan-in weights of the appended copies of an edit, so that they part from the units they copy.
 
-    The copies become new units with given values. The function changes a little, in proportion to ``noise``.
+    The function changes a little, in proportion to ``noise``, also where the groups before and behind are edited, too.
 
     Args:
         edit: An edit that appends copies, as `net2wider` returns.
@@ -106,36 +106,29 @@ def with_noise(edit: Edit, model: nn.Module, noise: float, generator: torch.Gene
 
     Returns:
         The edit with noise. The units that were there before get no noise.
+
+    Raises:
+        ValueError: If ``noise`` is below 0.
     """
     if noise < 0:
         raise ValueError(f"Expected `noise` of at least 0, found {noise!r}.")
     group = edit.group
     if noise == 0 or len(edit.index) == group.size:
         return edit
-    sizes = sizes_of(model, group)
-    copies = torch.tensor(edit.index)
-    new = torch.where(torch.arange(len(copies)) < group.size, copies, -1)
-    values = {}
-    for axis in group.axes:
-        is_new = entry_index(axis.layout, sizes, {group.name: new}) < 0
-        entries = entry_index(axis.layout, sizes, {group.name: copies})[is_new]
-        share = entry_share(axis.layout, sizes, {group.name: torch.tensor(edit.share, dtype=torch.float64)})[is_new]
-        values[axis.label] = _noisy(tensor_of(model, axis.tensor).detach(), axis, entries, share, noise, generator)
-    parents = torch.where(new < 0, copies, -1)
-    return replace(edit, index=tuple(new.tolist()), values=values, parents=tuple(parents.tolist()))
-
-
-def _noisy(
-    tensor: Tensor, axis: Axis, entries: Tensor, share: Tensor, noise: float, generator: torch.Generator
-) -> Tensor:
-    value = tensor.index_select(axis.dim, entries.to(tensor.device))
-    if axis.role == "consumed":
-        shape = [-1 if dim == axis.dim else 1 for dim in range(tensor.ndim)]
-        return value * share.to(tensor).reshape(shape)
-    if axis.role == "produced" and tensor.ndim > 1:
-        drawn = torch.randn(value.shape, dtype=torch.float64, generator=generator)
-        return value + noise * tensor.std(correction=0) * drawn.to(value)
-    return value
+    sizes = {**sizes_of(model, group), group.name: edit.new_size}
+    place = torch.arange(edit.new_size, dtype=torch.float64)
+    shifts = dict(edit.shifts)
+    for axis in group.with_role("produced"):
+        tensor = tensor_of(model, axis.tensor).detach()
+        if tensor.ndim == 1:
+            continue
+        is_copy = entry_share(axis.layout, sizes, {group.name: (place >= group.size).double() + 1}) == 2
+        shape = [len(is_copy), *tensor.shape[: axis.dim], *tensor.shape[axis.dim + 1 :]]
+        moved = torch.zeros(shape, dtype=torch.float64)
+        moved[is_copy] = torch.randn(moved[is_copy].shape, dtype=torch.float64, generator=generator)
+        shift = (noise * tensor.std(correction=0) * moved.to(tensor)).movedim(0, axis.dim)
+        shifts[axis.label] = shifts.get(axis.label, 0.0) + shift
+    return replace(edit, shifts=shifts)
 
 
 def net2deeper(stack: Stack, at: int | None = None) -> BlockEdit:

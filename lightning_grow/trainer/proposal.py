@@ -78,7 +78,8 @@ def trimmed(edit: Edit, size: int, sizes: Mapping[str, int]) -> Edit:
     axes = {axis.label: axis for axis in edit.group.axes}
     given = edit.values if -1 in index else {}
     values = {label: _kept_values(value, edit, axes[label], size, sizes) for label, value in given.items()}
-    shifts = {label: _kept_shifts(shift, edit, axes[label], size, sizes) for label, shift in edit.shifts.items()}
+    kept = {label: _kept_shifts(shift, edit, axes[label], size, sizes) for label, shift in edit.shifts.items()}
+    shifts = {label: shift for label, shift in kept.items() if bool(shift.any())}
     return replace(edit, index=index, share=tuple(share), values=values, shifts=shifts, parents=edit.parents[:size])
 
 
