@@ -37,7 +37,7 @@ class Objective:
         >>> model = nn.Linear(2, 1)
         >>> batches = [(torch.ones(3, 2), torch.zeros(3, 1))] * 2
         >>> objective = Objective(lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]), batches)
-        >>> objective.value(model) == float(model(torch.ones(1, 2)) ** 2)
+        >>> objective.value(model) == float(model(torch.ones(1, 2)).detach() ** 2)
         True
     """
 
@@ -52,6 +52,10 @@ class Objective:
         self.batches = batches
         self.reduce = reduce
         self.seed = seed
+
+    def on(self, batches: Sequence[Any]) -> Objective:
+        """Return the same loss on other batches: on one of them, say."""
+        return Objective(self.loss, batches, self.reduce, self.seed)
 
     def value(self, model: nn.Module) -> float:
         """Return the mean loss.

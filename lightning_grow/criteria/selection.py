@@ -18,10 +18,11 @@ def best_units(
 ) -> dict[str, list[int]]:
     """Return the candidates with the largest gain for their cost, wherever they are.
 
-    With equal costs these are the ``num_units`` largest gains. With costs, the greedy solution of the knapsack: what
-    the linear relaxation would take whole (Wang et al., "Energy-Aware Neural Architecture Optimization with Fast
-    Splitting Steepest Descent", arXiv:1910.03103). Candidates that gain nothing are never taken. In a group, they go in
-    multiples of ``group.step``, best first.
+    With equal costs these are the ``num_units`` largest gains. With costs, what the linear relaxation of the knapsack
+    would take whole (Wang et al., "Energy-Aware Neural Architecture Optimization with Fast Splitting Steepest
+    Descent", arXiv:1910.03103): the best gains for their cost, up to the first that ``max_cost`` does not allow, so
+    that a group whose units become dearer never gets more of them. Candidates that gain nothing, or cost more than
+    ``max_cost`` alone, are never taken. In a group, they go in multiples of ``group.step``, best first.
 
     Args:
         gains: By group name, the group and one gain for each candidate, ``(candidates,)``; higher = worth more.
@@ -56,12 +57,14 @@ def best_units(
         for begin in range(0, len(order) // group.step * group.step, group.step):
             units = order[begin : begin + group.step]
             total, cost = float(gain[units].sum()), costs[name] * len(units)
-            if total > 0:
+            if total > 0 and (max_cost is None or cost <= max_cost):
                 bundles.append((total / cost, cost, name, units))
     chosen: dict[str, list[int]] = {}
     left, money = num_units, max_cost
     for _, cost, name, units in sorted(bundles, key=lambda bundle: -bundle[0]):  # stable: ties go by order of groups
-        if len(units) <= left and (money is None or cost <= money):
+        if money is not None and cost > money:
+            break
+        if len(units) <= left:
             chosen.setdefault(name, []).extend(units)
             left -= len(units)
             money = None if money is None else money - cost

@@ -50,7 +50,11 @@ class UnitVectors:
         trained: Leave out parameters that are frozen.
 
     Attributes:
+        axes: The axes that count, in the order in which their entries follow each other in a vector.
         length: Entries of each vector.
+        lengths: Those of each axis.
+        shapes: Shape of the tensor of each axis, by label.
+        sizes: Units of each group that the axes depend on.
 
     Example:
         >>> from lightning_grow.structure import trace
@@ -62,20 +66,20 @@ class UnitVectors:
 
     def __init__(self, model: nn.Module, group: AxisGroup, role: Role, *, trained: bool = True) -> None:
         self.group = group
-        self._sizes = sizes_of(model, group)
+        self.sizes = sizes_of(model, group)
         named = dict(model.named_parameters())
         self.axes = tuple(
             axis
             for axis in group.with_role(role)
             if axis.tensor in named and (named[axis.tensor].requires_grad or not trained)
         )
-        self._shapes = {axis.label: tuple(named[axis.tensor].shape) for axis in self.axes}
-        self._entries = {axis.label: self._entries_of(axis, self._sizes) for axis in self.axes}
-        self._lengths = [
+        self.shapes = {axis.label: tuple(named[axis.tensor].shape) for axis in self.axes}
+        self._entries = {axis.label: self._entries_of(axis, self.sizes) for axis in self.axes}
+        self.lengths = [
             self._entries[a.label].shape[1] * (named[a.tensor].numel() // named[a.tensor].shape[a.dim])
             for a in self.axes
         ]
-        self.length = sum(self._lengths)
+        self.length = sum(self.lengths)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -94,7 +98,7 @@ class UnitVectors:
     def write_(self, model: nn.Module, vectors: Tensor) -> None:
         """Set the weights of all units of a model: ``(size, length)``."""
         with torch.no_grad():
-            for axis, part in zip(self.axes, torch.split(vectors, self._lengths, dim=1), strict=True):
+            for axis, part in zip(self.axes, torch.split(vectors, self.lengths, dim=1), strict=True):
                 tensor = tensor_of(model, axis.tensor).detach().movedim(axis.dim, 0)
                 entries = self._entries[axis.label].reshape(-1).to(tensor.device)
                 tensor[entries] = part.reshape(len(entries), *tensor.shape[1:]).to(tensor)
@@ -112,10 +116,10 @@ class UnitVectors:
         """
         found = {}
         units = new or len(vectors)
-        for axis, part in zip(self.axes, torch.split(vectors, self._lengths, dim=1), strict=True):
-            sizes = {**self._sizes, self.group.name: units}
+        for axis, part in zip(self.axes, torch.split(vectors, self.lengths, dim=1), strict=True):
+            sizes = {**self.sizes, self.group.name: units}
             entries = self._entries_of(axis, sizes).reshape(-1)
-            shape = list(self._shapes[axis.label])
+            shape = list(self.shapes[axis.label])
             rest = shape[: axis.dim] + shape[axis.dim + 1 :]
             rows = vectors.new_zeros([layout_length(axis.layout, sizes), *rest])
             rows[entries] = part.reshape(len(entries), *rest)

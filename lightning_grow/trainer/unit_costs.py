@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -59,6 +60,36 @@ def unit_costs(occasion: Occasion, cost: Cost) -> dict[str, float]:
     if wrong:
         raise MeasurementError(f"A unit of {', '.join(wrong)} should cost more than 0, by `cost={cost!r}`.")
     return found
+
+
+def allowance(
+    groups: Sequence[AxisGroup],
+    costs: Mapping[str, float],
+    num_units: int | None,
+    fraction: float | None,
+    default: float,
+) -> tuple[int, float | None]:
+    """Return what `best_units` may spend on groups that share one list: units, and cost.
+
+    Args:
+        groups: The groups.
+        costs: Cost of one unit of each.
+        num_units: So many units for all groups together, or
+        fraction: a share of what all their units cost now; enough for one unit at least.
+        default: The share if neither is given.
+
+    Returns:
+        Most units to add, and most that they may cost together; None where units alone count.
+    """
+    if num_units is not None:
+        return num_units, None
+    share = default if fraction is None else fraction
+    total = sum(group.size for group in groups)
+    if len({costs[group.name] for group in groups}) <= 1:
+        return max(1, round(share * total)), None
+    present = sum(group.size * costs[group.name] for group in groups)
+    dearest = max(group.step * costs[group.name] for group in groups)
+    return max(1, math.ceil(share * present / min(costs.values()))), max(share * present, dearest)
 
 
 def _run_costs(occasion: Occasion, cost: str) -> dict[str, float]:
