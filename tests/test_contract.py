@@ -90,7 +90,8 @@ def test_training_goes_on_after_events(method, tmp_path):
 
     class Keep(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
-            if trainer.global_step == 8:
+            if callback.record.events and callback.record.events[-1].step == trainer.global_step:
+                kept.clear()
                 kept.update({name: p.detach().clone() for name, p in pl_module.named_parameters()})
 
     run = trainer(tmp_path, callback, Keep(), max_epochs=4)
