@@ -117,6 +117,7 @@ def _run_costs(occasion: Occasion, cost: str) -> dict[str, float]:
 
 
 def _agreed(occasion: Occasion, value: float) -> float:
-    """Return the mean over ranks."""
-    pair = occasion.measured.reduce(torch.tensor([value, 1.0], dtype=torch.float64))
+    """Return the mean over ranks; summed where the model is, as some backends want it."""
+    device = next((p.device for p in occasion.model.parameters()), torch.device("cpu"))
+    pair = occasion.measured.reduce(torch.tensor([value, 1.0], dtype=torch.float32, device=device))
     return float(pair[0] / pair[1])
