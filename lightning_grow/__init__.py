@@ -1,10 +1,41 @@
 """PyTorch Lightning callbacks and optimizers with which a LightningModule finds its own size while it trains."""
 
-from lightning_grow.growth import Net2Net, net2deeper, net2wider
+from lightning_grow.growth import (
+    Firefly,
+    GaussNewton,
+    GradMax,
+    KernelGrowth,
+    Net2Net,
+    RandomGrowth,
+    SignedSplitting,
+    SplittingSteepestDescent,
+    firefly,
+    gauss_newton,
+    gradmax,
+    larger_kernels,
+    net2deeper,
+    net2wider,
+    random_new_units,
+    random_splits,
+    signed_splits,
+    steepest_splits,
+)
 from lightning_grow.planning import Plan, PlanError, plan
 from lightning_grow.pruning import MagnitudePruning
 from lightning_grow.structure import Axis, AxisGroup, Stack, Structure, StructureError, trace
-from lightning_grow.surgery import Edit, apply_, insert_, prune, remove_, replay_, resize_like_, split, widen
+from lightning_grow.surgery import (
+    Edit,
+    apply_,
+    enlarge,
+    enlarge_,
+    insert_,
+    prune,
+    remove_,
+    replay_,
+    resize_like_,
+    split,
+    widen,
+)
 from lightning_grow.trainer import History, StructuralCallback, load_from_checkpoint
 
 __version__ = "0.1.0"
@@ -13,26 +44,43 @@ __all__ = [
     "Axis",
     "AxisGroup",
     "Edit",
+    "Firefly",
+    "GaussNewton",
+    "GradMax",
     "History",
+    "KernelGrowth",
     "MagnitudePruning",
     "Net2Net",
     "Plan",
     "PlanError",
+    "RandomGrowth",
+    "SignedSplitting",
+    "SplittingSteepestDescent",
     "Stack",
     "StructuralCallback",
     "Structure",
     "StructureError",
     "apply_",
+    "enlarge",
+    "enlarge_",
+    "firefly",
+    "gauss_newton",
+    "gradmax",
     "insert_",
+    "larger_kernels",
     "load_from_checkpoint",
     "net2deeper",
     "net2wider",
     "plan",
     "prune",
+    "random_new_units",
+    "random_splits",
     "remove_",
     "replay_",
     "resize_like_",
+    "signed_splits",
     "split",
+    "steepest_splits",
     "trace",
     "widen",
 ]

@@ -8,10 +8,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_grow.growth import Net2Net
+from lightning_grow.growth import (
+    Firefly,
+    GaussNewton,
+    GradMax,
+    KernelGrowth,
+    Net2Net,
+    RandomGrowth,
+    SignedSplitting,
+    SplittingSteepestDescent,
+)
 from lightning_grow.pruning import MagnitudePruning
 from lightning_grow.trainer import StructuralCallback
-from tests.trainer.models import Residual
+from tests.trainer.models import Convolutional, Residual, Smooth
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,49 @@ CONTRACT = {
     "net2net_both": Contract(
         Net2Net, {"every_n_steps": 5, "fraction": 0.5, "depth": True, "max_parameters": 400}, preserves=True
     ),
+    "splitting": Contract(SplittingSteepestDescent, {"every_n_steps": 2, "num_units": 2, "steps": 3}, preserves=False),
+    "splitting_rayleigh": Contract(
+        SplittingSteepestDescent,
+        {"every_n_steps": 4, "fraction": 0.2, "form": "rayleigh", "steps": 3, "cost": "flops"},
+        preserves=False,
+    ),
+    "splitting_exact": Contract(
+        SplittingSteepestDescent, {"every_n_steps": 3, "num_units": 2, "form": "exact"}, preserves=False
+    ),
+    "signed_splitting": Contract(
+        SignedSplitting, {"every_n_steps": 4, "num_units": 4, "cost": "parameters"}, preserves=False
+    ),
+    "gradmax": Contract(GradMax, {"every_n_steps": 4, "num_units": 2}, preserves=True, module=Smooth),
+    "gradmax_relu": Contract(GradMax, {"every_n_steps": 4, "num_units": 2, "together": True}, preserves=False),
+    "gradmax_fan_out": Contract(GradMax, {"every_n_steps": 4, "num_units": 1, "zero": "fan_out"}, preserves=True),
+    "kernel_growth": Contract(
+        KernelGrowth,
+        {"every_n_steps": 4, "max_kernel_size": 5, "pointwise": True},
+        preserves=True,
+        module=Convolutional,
+    ),
+    "random_new": Contract(RandomGrowth, {"every_n_steps": 4, "num_units": 3}, preserves=True),
+    "random_split": Contract(RandomGrowth, {"every_n_steps": 4, "num_units": 3, "kind": "split"}, preserves=False),
+    "firefly": Contract(
+        Firefly, {"every_n_steps": 4, "num_units": 4, "search_steps": 6, "window_batches": 3}, preserves=False
+    ),
+    "firefly_one_list": Contract(
+        Firefly,
+        {
+            "every_n_steps": 4,
+            "fraction": 0.2,
+            "share_new": None,
+            "search_steps": 4,
+            "window_batches": 2,
+            "cost": "parameters",
+            "max_parameters": 300,
+        },
+        preserves=False,
+    ),
     "magnitude_pruning": Contract(
         MagnitudePruning, {"every_n_steps": 4, "num_units": 2, "min_size": 2}, preserves=False
+    ),
+    "gauss_newton": Contract(
+        GaussNewton, {"every_n_steps": 4, "num_units": 2, "steps": 5, "window_batches": 3}, preserves=False
     ),
 }

@@ -1,5 +1,36 @@
 """Methods that make networks larger: one file each."""
 
+from lightning_grow.growth.firefly import Firefly, firefly
+from lightning_grow.growth.gauss_newton import GaussNewton, GaussNewtonModel, gauss_newton, gauss_newton_splits
+from lightning_grow.growth.gradmax import GradMax, gradmax
+from lightning_grow.growth.kernel_growth import KernelGrowth, larger_kernels
 from lightning_grow.growth.net2net import Net2Net, net2deeper, net2wider, with_noise
+from lightning_grow.growth.random_growth import RandomGrowth, random_new_units, random_splits
+from lightning_grow.growth.signed_splitting import SignedSplitting, signed_scheme, signed_splits
+from lightning_grow.growth.splitting import SplittingSteepestDescent, split_gains, steepest_splits
 
-__all__ = ["Net2Net", "net2deeper", "net2wider", "with_noise"]
+__all__ = [
+    "Firefly",
+    "GaussNewton",
+    "GaussNewtonModel",
+    "GradMax",
+    "KernelGrowth",
+    "Net2Net",
+    "RandomGrowth",
+    "SignedSplitting",
+    "SplittingSteepestDescent",
+    "firefly",
+    "gauss_newton",
+    "gauss_newton_splits",
+    "gradmax",
+    "larger_kernels",
+    "net2deeper",
+    "net2wider",
+    "random_new_units",
+    "random_splits",
+    "signed_scheme",
+    "signed_splits",
+    "split_gains",
+    "steepest_splits",
+    "with_noise",
+]

@@ -78,6 +78,31 @@ class Residual(Perceptron):
         return self.head(self.blocks(self.stem(x)))
 
 
+class Convolutional(Perceptron):
+    """Two convolutions over the four numbers of a sample, the second of them depthwise, and a flat head."""
+
+    def __init__(self, hidden: int = 4, lr: float = 1e-2) -> None:
+        pl.LightningModule.__init__(self)
+        self.save_hyperparameters()
+        self.conv1 = nn.Conv1d(1, hidden, 3, padding=1)
+        self.norm = nn.BatchNorm1d(hidden)
+        self.conv2 = nn.Conv1d(hidden, hidden, 1, padding="same", groups=hidden)
+        self.head = nn.Linear(4 * hidden, 2)
+        self.lr = lr
+        self.steps_run = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv2(F.relu(self.norm(self.conv1(x[:, None])))).flatten(1))
+
+
+class Smooth(Residual):
+    """The same with an activation that is smooth, and zero at zero."""
+
+    def __init__(self, hidden: int = 4, lr: float = 1e-2) -> None:
+        super().__init__(hidden, lr, depth=1)
+        self.blocks = nn.Sequential(nn.Linear(6, hidden), nn.Tanh(), nn.Linear(hidden, 6), nn.Tanh())
+
+
 def loader(
     batch_size: int = 8, samples: int = 48, dtype: torch.dtype = torch.float32, rank: int = 0, ranks: int = 1
 ) -> DataLoader[Any]:

@@ -1,0 +1,559 @@
+r"""What the loss says of units that are not there yet: a bilinear form in their fan-in and fan-out, for any layer.
+
+A unit with a small fan-in :math:`a` and a fan-out :math:`b` changes the loss by
+
+.. math:: L(a, b) - L = c \, b^T M a + O(|a|^2 |b|),
+
+with the *form* :math:`M = \sum \delta x^T` of the inputs that make it and the gradients at what uses it, and the slope
+:math:`c = (\varphi'(0^+) + \varphi'(0^-)) / 2` of what lies between. Nothing is known here of layers: in an overgrown
+copy, the gradient with respect to the fan-in of a candidate is :math:`c M^T b`, and that with respect to its fan-out
+:math:`c M a`. Candidates come in pairs with fan-ins :math:`\pm a`, of which the antisymmetric half counts: it is linear
+for every activation, kinks at zero included (:math:`\mathrm{relu}(z) - \mathrm{relu}(-z) = z`). Fan-outs of candidates
+with one fan-in add up to zero, so that the copy computes exactly what the model does, and all layers are asked at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_grow.criteria.objective import Objective
+from lightning_grow.criteria.overgrown import Overgrown
+from lightning_grow.criteria.units import UnitVectors, sizes_of
+from lightning_grow.structure.axes import Axis, AxisGroup, Block, Role, Units, layout_units, tensor_of
+from lightning_grow.structure.errors import StructureError
+from lightning_grow.structure.layout import entry_share
+from lightning_grow.surgery.edit import Edit, widen
+
+_NOTHING = 1e-3
+"""A gradient below this share of what it could be is none."""
+_TINY = 1e-6
+"""Length of the fan-in at which fan-in gradients are taken, relative to a usual one: they do not lose digits."""
+_RANK = 1e-5
+"""Singular values below this share of the largest are noise."""
+
+
+class SingularPairs(NamedTuple):
+    """The leading singular pairs of a form, ``k`` of them.
+
+    Attributes:
+        fan_out: Unit vectors ``(k, q)``, orthogonal; float64 on the CPU, as all here.
+        values: Singular values ``(k,)``, falling, above 0; of the form with the slope ``c`` in it.
+        fan_in: Unit vectors ``(k, p)``, orthogonal; zero outside of the free entries.
+    """
+
+    fan_out: Tensor
+    values: Tensor
+    fan_in: Tensor
+
+
+@dataclass(eq=False)
+class Space:
+    """The vectors of one group: fan-ins of length ``p``, fan-outs of length ``q``, as in `UnitVectors`.
+
+    Attributes:
+        group: The group.
+        free: The entries of a fan-in that the form is about, bool ``(p,)``: weights, not biases; of gated units and
+            attention heads those that their output is linear in.
+        base: The fan-in of a new unit that does nothing yet, ``(p,)``: zero where it is free, and in biases; random in
+            gates, queries and keys.
+        fan_out_length: ``q``.
+        fan_in_norm: Mean length of the fan-in vectors that there are; 1 if that is 0.
+        fan_out_norm: Mean length of the fan-out vectors that there are; 1 if that is 0.
+        slope: After `NewUnits.look`: the slope at exactly zero over ``c``: 1 for smooth activations, 0 for
+            ``torch.relu``, whose derivative at zero is 0, so that such units would never learn.
+        constant: After `NewUnits.look`: whether a unit returns something without any fan-in, as behind a sigmoid.
+    """
+
+    group: AxisGroup
+    free: Tensor
+    base: Tensor
+    fan_out_length: int
+    fan_in_norm: float
+    fan_out_norm: float
+    slope: float = 1.0
+    constant: bool = False
+
+
+class NewUnits:
+    """Measures the forms of groups without writing them out.
+
+    One pass of the objective in a copy with more units answers for all groups. Its memory is that of the copy: as many
+    more units in each group as there are candidates.
+
+    Args:
+        model: The model; it is not changed.
+        groups: The groups, each without an obstacle.
+        objective: The loss.
+        generator: Returns a generator for a name; draws gates and probes.
+        on_refusal: Is told the name of each group that cannot have such units, and why; they are left out then. By
+            default, an error is raised.
+
+    Attributes:
+        spaces: By group name.
+        passes: Passes of the objective so far, those over a single batch not counted.
+
+    Raises:
+        StructureError: If a group cannot have new units that begin at zero, with the reason (`refusal`).
+        MeasurementError: If the loss cannot be measured.
+
+    Example:
+        >>> from lightning_grow.structure import trace
+        >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double(), torch.randn(9, 4).double()
+        >>> objective = Objective(lambda m, x: (m(x) - x[:, :2]).square().mean(), [x])
+        >>> new = NewUnits(model, [trace(model, x)["0"]], objective)
+        >>> new.form("0").shape  # two columns of the next layer; four weights and a bias
+        torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[AxisGroup],
+        objective: Objective,
+        generator: Callable[[str], torch.Generator] | None = None,
+        on_refusal: Callable[[str, str], None] | None = None,
+    ) -> None:
+        self._model = model
+        self._on_refusal = on_refusal
+        self._objective = objective
+        self._generator = generator or (lambda name: torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        self.spaces: dict[str, Space] = {}
+        self.passes = 0
+        parts: dict[str, Tensor] = {}
+        named = dict(model.named_parameters())
+        for group in groups:
+            why = refusal(model, group)
+            if why is not None:
+                self._refuse(group.name, why)
+                continue
+            fan_in, fan_out = (UnitVectors(model, group, role) for role in _ROLES)
+            part = parts[group.name] = _parts(model, fan_in)
+            in_norm, out_norm = (float(v.of(named).double().norm(dim=1).mean()) or 1.0 for v in (fan_in, fan_out))
+            base = torch.zeros(fan_in.length, dtype=torch.float64)
+            self.spaces[group.name] = Space(group, part >= 0, base, fan_out.length, in_norm, out_norm)
+        self._find_gates({name: part for name, part in parts.items() if len(_indices(part)) > 1})
+
+    # -- products ---------------------------------------------------------------------------------------------------
+
+    def products(self, fan_out: Mapping[str, Tensor], fan_in: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return products of forms with vectors, in one pass for all groups.
+
+        Args:
+            fan_out: Vectors ``(s, q)`` by group name.
+            fan_in: Vectors ``(t, p)`` by group name; entries that are not free do not count.
+
+        Returns:
+            By group name, ``(s, p)``: the vectors times ``M``, and ``(t, q)``: ``M`` times the vectors.
+        """
+        rows: dict[str, tuple[Tensor, Tensor]] = {}
+        counts: dict[str, tuple[int, int]] = {}
+        for name in self.spaces:
+            space = self.spaces[name]
+            b = _or_none(fan_out.get(name), space.fan_out_length)
+            a = _or_none(fan_in.get(name), len(space.free)) * space.free
+            if not len(a) + len(b):
+                continue
+            step = self._step(name) * space.fan_in_norm
+            at, out = [], []
+            if len(b):  # the last row of either sign balances the others
+                probe = space.base + _TINY * space.fan_in_norm * self._probe(name)
+                mirrored = 2 * space.base - probe
+                balanced = torch.cat([b, -b.sum(dim=0, keepdim=True)])
+                at += [probe.expand(len(b) + 1, -1), mirrored.expand(len(b) + 1, -1)]
+                out += [balanced, -balanced]
+            if len(a):
+                at += [space.base + step * a, space.base - step * a]
+                out += [b.new_zeros(2 * len(a), space.fan_out_length)]
+            rows[name], counts[name] = (torch.cat(at), torch.cat(out)), (len(b), len(a))
+        found = {}
+        for name, (by_in, by_out, _) in self._gradients(rows, self._objective).items():
+            (s, t), space = counts[name], self.spaces[name]
+            ends = 2 * (s + 1) if s else 0
+            one, other = by_in[:s], by_in[s + 1 : 2 * s + 1]
+            plus, minus = by_out[ends : ends + t], by_out[ends + t :]
+            scale = 2 * self._step(name) * space.fan_in_norm
+            found[name] = ((one - other) / 2 * space.free, (plus - minus) / scale)
+        self.passes += 1
+        return found
+
+    def look(self) -> None:
+        """Measure, in one pass over the first batch, what a unit with no fan-in does: ``slope`` and ``constant``."""
+        rows = {}
+        for name in self.spaces:
+            space = self.spaces[name]
+            b = _unit(torch.randn(space.fan_out_length, generator=self._generator(name), dtype=torch.float64))
+            probe = space.base + _TINY * space.fan_in_norm * self._probe(name)
+            at = torch.stack([space.base, space.base, probe, probe, *[2 * space.base - probe] * 2])
+            rows[name] = at, torch.stack([b, -b, b, -b, -b, b])
+        for name, (by_in, by_out, present) in self._gradients(rows, self._first).items():
+            space = self.spaces[name]
+            alive = float(((by_in[2] - by_in[4]) / 2 * space.free).norm())
+            space.slope = float((by_in[0] * space.free).norm()) / alive if alive > 0 else 1.0
+            usual = float(present.norm(dim=1).max())
+            space.constant = float(by_out[0].norm()) > _NOTHING**2 * usual
+
+    def form(self, name: str, chunk: int = 64) -> Tensor:
+        """Return the form of one group, written out: ``c M``, ``(q, p)``. Entries that are not free are zero.
+
+        Args:
+            name: The group.
+            chunk: Candidates in one copy.
+        """
+        space = self.spaces[name]
+        if space.fan_out_length <= int(space.free.sum()):
+            eye = torch.eye(space.fan_out_length, dtype=torch.float64)
+            return torch.cat([self.products({name: part}, {})[name][0] for part in torch.split(eye, chunk)])
+        eye = torch.eye(len(space.free), dtype=torch.float64)[space.free]
+        found = torch.zeros(space.fan_out_length, len(space.free), dtype=torch.float64)
+        found[:, space.free] = torch.cat(
+            [self.products({}, {name: part})[name][1] for part in torch.split(eye, chunk)]
+        ).T
+        return found
+
+    def leading(
+        self, num_units: Mapping[str, int], *, oversampling: int = 8, passes: int = 3
+    ) -> dict[str, SingularPairs]:
+        """Return the leading singular pairs of the forms, by a randomised block method.
+
+        The range of a form is sketched with random fan-outs, and sharpened by power steps: each pass applies the form,
+        or its transpose, to an orthonormal basis of what the one before it found (Halko, Martinsson, Tropp, "Finding
+        structure with randomness", SIAM Review 2011, arXiv:0909.4061). Where the sketch spans the shorter side,
+        the first pass writes the form out, and the pairs are exact.
+
+        Args:
+            num_units: Pairs wanted, by group name, ``>= 1``; there are fewer where the rank is lower.
+            oversampling: Vectors in a sketch above those wanted, ``>= 0``.
+            passes: Passes over the objective, ``>= 2``.
+
+        Returns:
+            By group name; all groups are measured in the same passes.
+        """
+        bases: dict[str, tuple[str, Tensor]] = {}
+        exact: dict[str, Tensor] = {}
+        for name, wanted in num_units.items():
+            space = self.spaces[name]
+            p, q, sketch = int(space.free.sum()), space.fan_out_length, wanted + oversampling
+            if q <= min(p, sketch):
+                bases[name] = "out", torch.eye(q, dtype=torch.float64)
+            elif p <= sketch:
+                bases[name] = "in", torch.eye(len(space.free), dtype=torch.float64)[space.free]
+            else:
+                drawn = torch.randn(q, sketch, generator=self._generator(f"{name} sketch"), dtype=torch.float64)
+                bases[name] = "out", torch.linalg.qr(drawn).Q.T
+        found: dict[str, SingularPairs] = {}
+        for index in range(passes):
+            todo = {name: basis for name, basis in bases.items() if name not in exact}
+            if not todo:
+                break
+            sides = ({n: b for n, (side, b) in todo.items() if side == wanted} for wanted in ("out", "in"))
+            for name, (left, right) in self.products(*sides).items():
+                side, basis = bases[name]
+                image = left if side == "out" else right
+                space = self.spaces[name]
+                if len(basis) == min(space.fan_out_length, int(space.free.sum())) or index == passes - 1:
+                    exact[name] = image
+                    found[name] = _pairs(side, basis, image, num_units[name])
+                else:
+                    bases[name] = "in" if side == "out" else "out", torch.linalg.qr(image.T).Q.T
+        return found
+
+    # -- edits ------------------------------------------------------------------------------------------------------
+
+    def edit(self, name: str, fan_in: Tensor, fan_out: Tensor) -> Edit:
+        """Return the edit that appends units.
+
+        Args:
+            name: The group.
+            fan_in: What is added to the base: ``(k, p)``.
+            fan_out: ``(k, q)``.
+        """
+        space = self.spaces[name]
+        vectors: list[tuple[Tensor, Role]] = [(space.base + fan_in, "produced"), (fan_out, "consumed")]
+        return _appended(self._model, space.group, vectors)
+
+    # -- private ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _first(self) -> Objective:
+        objective = self._objective
+        return objective.on(objective.batches[:1])
+
+    def _refuse(self, name: str, why: str) -> None:
+        if self._on_refusal is None:
+            raise StructureError(f"New units of '{name}' cannot begin at zero: {why}.")
+        self._on_refusal(name, why)
+
+    def _step(self, name: str) -> float:
+        """Length of the fan-ins at which fan-out gradients are taken: errors of the third order and round-off meet."""
+        axis = self.spaces[name].group.with_role("consumed")[0]
+        return float(torch.finfo(tensor_of(self._model, axis.tensor).dtype).eps ** (1 / 3))
+
+    def _probe(self, name: str) -> Tensor:
+        space = self.spaces[name]
+        drawn = torch.randn(len(space.free), generator=self._generator(f"{name} probe"), dtype=torch.float64)
+        return _unit(drawn * space.free)
+
+    def _find_gates(self, parts: Mapping[str, Tensor]) -> None:
+        """Let what gets no gradient at zero be random, such as gates and queries: see `_free_parts`."""
+        rows = {}
+        for name, part in parts.items():
+            space = self.spaces[name]
+            loud = self._random_fan_in(name, part)
+            b = _unit(torch.randn(space.fan_out_length, generator=self._generator(name), dtype=torch.float64))
+            zero = torch.zeros_like(loud)
+            bases = [zero, *(loud * (part != index) for index in _indices(part))]
+            at = [loud]
+            out = [torch.zeros_like(b)]
+            for base, free in zip(bases, [part >= 0, *(part == i for i in _indices(part))], strict=True):
+                probe = torch.randn(len(part), generator=self._generator(f"{name} probe"), dtype=torch.float64)
+                offset = _TINY * space.fan_in_norm * _unit(probe * free)
+                at += [base + offset, base + offset, base - offset, base - offset]
+                out += [b, -b, -b, b]
+            rows[name] = torch.stack(at), torch.stack(out)
+        for name, (by_in, by_out, _) in self._gradients(rows, self._first).items() if rows else ():
+            self._settle_gates(name, parts[name], by_in, by_out)
+
+    def _settle_gates(self, name: str, part: Tensor, by_in: Tensor, by_out: Tensor) -> None:
+        indices = _indices(part)
+        slopes = (by_in[1::4] - by_in[3::4]) / 2
+        constant = ((by_out[1::4] + by_out[3::4]) / 2).norm(dim=1) / by_out[0].norm().clamp(min=1e-300)
+        alone = [float(slopes[1 + i][part == index].norm()) for i, index in enumerate(indices)]
+        at_zero = [float(slopes[0][part == index].norm()) for index in indices]
+        enough = _NOTHING * max(alone)
+        alive = [index for index, norm in zip(indices, at_zero, strict=True) if norm > enough]
+        space = self.spaces[name]
+        if not alive:
+            silent = [i for i in range(len(indices)) if constant[1 + i] < _NOTHING and alone[i] > enough]
+            if not silent:
+                del self.spaces[name]
+                self._refuse(name, "no part of their fan-in both silences them and learns")
+                return
+            alive = [indices[max(silent, key=lambda i: alone[i])]]
+        space.free = torch.isin(part, torch.tensor(alive))
+        space.base = self._random_fan_in(name, part) * ~space.free
+
+    def _random_fan_in(self, name: str, part: Tensor) -> Tensor:
+        """Return weights as large as those that there are, part by part; biases are zero."""
+        vectors = UnitVectors(self._model, self.spaces[name].group, "produced")
+        present = vectors.of(dict(self._model.named_parameters())).to("cpu", torch.float64)
+        drawn = torch.randn(len(part), generator=self._generator(f"{name} gates"), dtype=torch.float64)
+        for index in _indices(part):
+            drawn[part == index] *= float(present[:, part == index].square().mean().sqrt())
+        return drawn * (part >= 0)
+
+    def _gradients(
+        self, rows: Mapping[str, tuple[Tensor, Tensor]], objective: Objective
+    ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Return the gradients at candidates, ``(n, p)`` and ``(n, q)``, and at the fan-outs of present units."""
+        found = {}
+        for names in _lots([self.spaces[name].group for name in rows]):
+            groups = {name: self.spaces[name].group for name in names}
+            more = {name: -(-len(rows[name][0]) // group.step) * group.step for name, group in groups.items()}
+            wide = Overgrown(self._model, [_appended(self._model, groups[name], [], more[name]) for name in names])
+            grown = {name: dataclasses.replace(g, size=g.size + more[name]) for name, g in groups.items()}
+            known = {name: group.size for name, group in groups.items()}
+            masks = {(n, role): _known_entries(wide.model, grown, known, n, role) for n in names for role in _ROLES}
+            for (name, role), mask in masks.items():
+                vectors = wide.vectors(name, role).clone()
+                vectors[known[name] :] = 0
+                given = rows[name][_ROLES.index(role)]
+                vectors[known[name] : known[name] + len(given), mask] = given.to(vectors)
+                wide.write_(name, role, vectors)
+            _, gradients = wide.gradients(objective)
+            for name in names:
+                new = slice(known[name], known[name] + len(rows[name][0]))
+                parts = [gradients[name, role][:, masks[name, role]].to("cpu", torch.float64) for role in _ROLES]
+                found[name] = parts[0][new], parts[1][new], parts[1][: known[name]]
+        return found
+
+
+_ROLES: tuple[Role, Role] = ("produced", "consumed")
+
+
+def refusal(model: nn.Module, group: AxisGroup) -> str | None:
+    """Return why new units of a group cannot begin with a fan-in of zero; None if nothing is seen."""
+    if group.obstacle is not None:
+        return group.obstacle
+    named = dict(model.named_parameters())
+    for role, what in zip(_ROLES, ("makes", "uses"), strict=True):
+        axes = [axis for axis in group.with_role(role) if axis.tensor in named]
+        if not axes:
+            return f"nothing {what} the units that is a parameter"
+        if role == "produced" and any(not named[axis.tensor].requires_grad for axis in axes):
+            return "their fan-in is frozen"
+        if not any(named[axis.tensor].requires_grad for axis in axes):
+            return "their fan-out is frozen"
+    if any(_times(block, group.name) > 1 for axis in group.axes for block in axis.layout):
+        return "they are multiplied with each other"
+    if any("parametrizations." in a.tensor or a.tensor.endswith("weight_g") for a in group.with_role("produced")):
+        return "their fan-in is parametrized (a weight norm divides by its length)"
+    if all(named[a.tensor].ndim < 2 for a in group.with_role("produced") if a.tensor in named):
+        return "they have no weights, only biases"
+    return None
+
+
+def transparent_values(model: nn.Module, group: AxisGroup, num_units: int) -> dict[str, Tensor]:
+    """Return values of what new units pass on their way, by axis label, with which it lets them through unchanged.
+
+    Depthwise kernels are 1 at their centre; biases are 0. A batch norm has mean 0, variance 0 and gain ``sqrt(eps)``:
+    it is the identity in eval mode, and its slope is 1 in train mode too, for units that are still zero. With a
+    gain of 1, what reaches a silent unit would be multiplied by ``1 / sqrt(eps)`` = 316 in its first step.
+    """
+    values = {}
+    sizes = sizes_of(model, group)
+    for axis in group.with_role("carried"):
+        tensor = tensor_of(model, axis.tensor)
+        path, _, leaf = axis.tensor.rpartition(".")
+        value = _transparent(model.get_submodule(path), leaf, tensor)
+        if value is not None:
+            ones = torch.ones(num_units, dtype=torch.float64)
+            mine = entry_share(axis.layout, {**sizes, group.name: num_units}, {group.name: ones + 1}) > 1
+            shape = [int(mine.sum()) if dim == axis.dim else n for dim, n in enumerate(tensor.shape)]
+            values[axis.label] = value.expand(shape)
+    return values
+
+
+def _transparent(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor | None:
+    """Return the value of a new entry, in a shape that broadcasts over the tensor; None for the default value."""
+    eps: Any = getattr(module, "eps", None)
+    if hasattr(module, "running_mean") and isinstance(eps, float):
+        by_name = {"weight": eps**0.5, "bias": 0.0, "running_mean": 0.0}
+        by_name["running_var"] = 1.0 if getattr(module, "weight", None) is None else 0.0
+        return torch.tensor(by_name[leaf], dtype=torch.float64) if leaf in by_name else None
+    if leaf == "bias" and tensor.ndim == 1:
+        return torch.zeros((), dtype=torch.float64)
+    if hasattr(module, "kernel_size") and leaf == "weight" and tensor.ndim > 2:
+        kernel = torch.zeros(tensor.shape[2:], dtype=torch.float64)
+        kernel[tuple(length // 2 for length in kernel.shape)] = 1.0
+        return kernel
+    return None
+
+
+def _appended(
+    model: nn.Module, group: AxisGroup, vectors: Sequence[tuple[Tensor, Role]], num_units: int | None = None
+) -> Edit:
+    num_units = num_units or len(vectors[0][0])
+    values = transparent_values(model, group, num_units)
+    for vector, role in vectors:
+        values |= UnitVectors(model, group, role).spread(vector, new=num_units)
+    return widen(group, num_units, values=values)
+
+
+def _parts(model: nn.Module, vectors: UnitVectors) -> Tensor:
+    """Return the part that each entry of a fan-in belongs to, int64 ``(p,)``, or -1 for biases.
+
+    Parts are what might be zero alone: each tensor, and each of its blocks, such as the gates of a recurrent layer.
+    Tensors that have the same number of blocks, more than one, share them: block by block they are added up.
+    """
+    keys: list[tuple[object, int]] = []
+    codes: dict[str, Tensor] = {}
+    named = dict(model.named_parameters())
+    for axis in vectors.axes:
+        tensor, sizes = named[axis.tensor], sizes_of(model, vectors.group)
+        blocks = _blocks_of(axis, vectors.group.name, sizes)
+        if tensor.ndim < 2:
+            code = torch.full_like(blocks, -1)
+        else:
+            number = int(blocks.max()) + 1
+            mine: list[tuple[object, int]] = [(number if number > 1 else axis.label, index) for index in range(number)]
+            keys += [key for key in mine if key not in keys]
+            code = torch.tensor([keys.index(key) for key in mine])[blocks.clamp(min=0)]
+        shape = [-1 if dim == axis.dim else 1 for dim in range(tensor.ndim)]
+        codes[axis.tensor] = code.reshape(shape).expand(tensor.shape)
+    return vectors.of(codes)[0].long()
+
+
+def _blocks_of(axis: Axis, group: str, sizes: Mapping[str, int]) -> Tensor:
+    """Return, for each entry of an axis, which of the group's blocks it is in, or -1: int64 ``(length,)``."""
+    codes, count = [], 0
+    for block in axis.layout:
+        length = block.length(sizes)
+        places = [i for i, f in enumerate(block.factors) if isinstance(f, Units) and f.group == group]
+        if not places:
+            codes.append(torch.full((length,), -1))
+            continue
+        before = 1
+        for factor in block.factors[: places[0]]:
+            before *= factor if isinstance(factor, int) else sizes[factor.group]
+        codes.append(count + torch.arange(length) // (length // before))
+        count += before
+    return torch.cat(codes)
+
+
+def _known_entries(
+    model: nn.Module, grown: Mapping[str, AxisGroup], known: Mapping[str, int], name: str, role: Role
+) -> Tensor:
+    """Return which entries of a vector in a copy do not belong to new units of any group: bool ``(length,)``."""
+    vectors = UnitVectors(model, grown[name], role)
+    named = dict(model.named_parameters())
+    axes = {axis.label: axis for group in grown.values() for axis in group.axes}
+    marks = {}
+    for axis in vectors.axes:
+        shape = named[axis.tensor].shape
+        mark = torch.ones(shape, dtype=torch.bool)
+        for along in axes.values():
+            if along.tensor != axis.tensor:
+                continue
+            sizes = {n: units.size_in(model) for n, units in layout_units(along.layout).items()}
+            chosen = [n for n in sizes if n in grown and not (n == name and along.dim == axis.dim)]
+            if chosen:
+                old = {n: (torch.arange(sizes[n]) < known[n]).double() for n in chosen}
+                there = entry_share(along.layout, sizes, old) > 0
+                mark &= there.reshape([-1 if dim == along.dim else 1 for dim in range(len(shape))])
+        marks[axis.tensor] = mark
+    return vectors.of(marks)[0]
+
+
+def _lots(groups: Sequence[AxisGroup]) -> list[list[str]]:
+    """Sort groups into lots in which no two are factors of one block, such as heads and their features."""
+    lots: list[tuple[list[str], set[str]]] = []
+    for group in groups:
+        met = {
+            factor.group
+            for axis in group.axes
+            for block in axis.layout
+            for factor in block.factors
+            if isinstance(factor, Units) and any(isinstance(f, Units) and f.group == group.name for f in block.factors)
+        }
+        for names, taken in lots:
+            if group.name not in taken:
+                names.append(group.name)
+                taken.update(met)
+                break
+        else:
+            lots.append(([group.name], met))
+    return [names for names, _ in lots]
+
+
+def _pairs(side: str, basis: Tensor, image: Tensor, num_units: int) -> SingularPairs:
+    """Return singular pairs of a form from its image of an orthonormal basis: ``basis M`` or ``basis M^T``, by rows."""
+    left, values, right = torch.linalg.svd(image, full_matrices=False)
+    kept = min(num_units, int((values > _RANK * values[:1]).sum()))
+    inside, outside = (left.T @ basis)[:kept], right[:kept]
+    fan_out, fan_in = (inside, outside) if side == "out" else (outside, inside)
+    largest = fan_out.abs().argmax(dim=1, keepdim=True)
+    sign = fan_out.gather(1, largest).sign()
+    return SingularPairs(fan_out * sign, values[:kept], fan_in * sign)
+
+
+def _times(block: Block, group: str) -> int:
+    return sum(isinstance(factor, Units) and factor.group == group for factor in block.factors)
+
+
+def _indices(part: Tensor) -> list[int]:
+    return sorted(set(part.tolist()) - {-1})
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return nn.functional.normalize(vector, dim=0)
+
+
+def _or_none(vectors: Tensor | None, length: int) -> Tensor:
+    return torch.zeros(0, length, dtype=torch.float64) if vectors is None else vectors.to("cpu", torch.float64)
