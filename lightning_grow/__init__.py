@@ -6,9 +6,11 @@ from lightning_grow.growth import (
     GradMax,
     KernelGrowth,
     Net2Net,
+    NoisyHeuristics,
     RandomGrowth,
     SignedSplitting,
     SplittingSteepestDescent,
+    Tiny,
     firefly,
     gauss_newton,
     gradmax,
@@ -19,6 +21,7 @@ from lightning_grow.growth import (
     random_splits,
     signed_splits,
     steepest_splits,
+    tiny,
 )
 from lightning_grow.planning import Plan, PlanError, plan
 from lightning_grow.pruning import MagnitudePruning
@@ -51,6 +54,7 @@ __all__ = [
     "KernelGrowth",
     "MagnitudePruning",
     "Net2Net",
+    "NoisyHeuristics",
     "Plan",
     "PlanError",
     "RandomGrowth",
@@ -60,6 +64,7 @@ __all__ = [
     "StructuralCallback",
     "Structure",
     "StructureError",
+    "Tiny",
     "apply_",
     "enlarge",
     "enlarge_",
@@ -81,6 +86,7 @@ __all__ = [
     "signed_splits",
     "split",
     "steepest_splits",
+    "tiny",
     "trace",
     "widen",
 ]

@@ -14,6 +14,7 @@ from lightning_grow.growth import (
     GradMax,
     KernelGrowth,
     Net2Net,
+    NoisyHeuristics,
     RandomGrowth,
     SignedSplitting,
     SplittingSteepestDescent,
@@ -73,7 +74,9 @@ CONTRACT = {
         module=Convolutional,
     ),
     "random_new": Contract(RandomGrowth, {"every_n_steps": 4, "num_units": 3}, preserves=True),
-    "random_split": Contract(RandomGrowth, {"every_n_steps": 4, "num_units": 3, "kind": "split"}, preserves=False),
+    "random_split": Contract(
+        RandomGrowth, {"every_n_steps": 4, "fraction": 0.5, "kind": "split"}, preserves=False, module=Smooth
+    ),
     "firefly": Contract(
         Firefly, {"every_n_steps": 4, "num_units": 4, "search_steps": 6, "window_batches": 3}, preserves=False
     ),
@@ -82,7 +85,7 @@ CONTRACT = {
         {
             "every_n_steps": 4,
             "fraction": 0.2,
-            "share_new": None,
+            "one_list": True,
             "search_steps": 4,
             "window_batches": 2,
             "cost": "parameters",
@@ -95,5 +98,17 @@ CONTRACT = {
     ),
     "gauss_newton": Contract(
         GaussNewton, {"every_n_steps": 4, "num_units": 2, "steps": 5, "window_batches": 3}, preserves=False
+    ),
+    "noisy_heuristics": Contract(
+        NoisyHeuristics,
+        {
+            "every_n_steps": 3,
+            "num_units": 3,
+            "num_decay_steps": 2,
+            "window_batches": 1,
+            "threshold_max": 9.0,
+            "deepen": True,
+        },
+        preserves=True,
     ),
 }

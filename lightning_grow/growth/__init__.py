@@ -5,9 +5,11 @@ from lightning_grow.growth.gauss_newton import GaussNewton, GaussNewtonModel, ga
 from lightning_grow.growth.gradmax import GradMax, gradmax
 from lightning_grow.growth.kernel_growth import KernelGrowth, larger_kernels
 from lightning_grow.growth.net2net import Net2Net, net2deeper, net2wider, with_noise
+from lightning_grow.growth.noisy_heuristics import NoisyHeuristics, random_units, significance, unfit_units
 from lightning_grow.growth.random_growth import RandomGrowth, random_new_units, random_splits
 from lightning_grow.growth.signed_splitting import SignedSplitting, signed_scheme, signed_splits
 from lightning_grow.growth.splitting import SplittingSteepestDescent, split_gains, steepest_splits
+from lightning_grow.growth.tiny import Tiny, tiny
 
 __all__ = [
     "Firefly",
@@ -16,9 +18,11 @@ __all__ = [
     "GradMax",
     "KernelGrowth",
     "Net2Net",
+    "NoisyHeuristics",
     "RandomGrowth",
     "SignedSplitting",
     "SplittingSteepestDescent",
+    "Tiny",
     "firefly",
     "gauss_newton",
     "gauss_newton_splits",
@@ -28,9 +32,13 @@ __all__ = [
     "net2wider",
     "random_new_units",
     "random_splits",
+    "random_units",
     "signed_scheme",
     "signed_splits",
+    "significance",
     "split_gains",
     "steepest_splits",
+    "tiny",
+    "unfit_units",
     "with_noise",
 ]

@@ -32,7 +32,8 @@ def firefly(
     num_units: int,
     generator: torch.Generator,
     *,
-    share_new: float | None = 0.5,
+    share_new: float = 0.5,
+    one_list: bool = False,
     num_candidates: int | None = None,
     radius: float = 0.1,
     steps: int = 64,
@@ -56,7 +57,8 @@ def firefly(
         num_units: Units to add in all, ``>= 1``; fewer if fewer candidates lower the loss.
         generator: Draws the candidates to begin with; a CPU generator.
         share_new: Share of ``num_units`` for new units, in ``[0, 1]``; what splits leave of theirs goes to new units,
-            too. None: one list for both, in which new units nearly always win: their effect is of lower order.
+            too.
+        one_list: Have one list for both instead, in which new units nearly always win: their effect is of lower order.
         num_candidates: New units tried in each group (70 in the published code); None: as many as it has, at least 16.
         radius: Amplitudes :math:`\epsilon`: of splits relative to the unit's fan-in vector, of new units relative to
             the mean length of the group's fan-out vectors; ``> 0``.
@@ -95,12 +97,13 @@ def firefly(
         groups,
         objective,
         generator,
-        num_new=0 if share_new == 0 else num_candidates,
+        num_new=0 if share_new == 0 and not one_list else num_candidates,
         radius=radius,
-        splits=share_new != 1,
+        splits=share_new != 1 or one_list,
     )
     candidates.train_(steps, lr=lr)
-    return best_candidates(candidates, candidates.effects(points), num_units, share_new=share_new, costs=costs)
+    effects = candidates.effects(points)
+    return best_candidates(candidates, effects, num_units, share_new=share_new, one_list=one_list, costs=costs)
 
 
 def best_candidates(
@@ -108,7 +111,8 @@ def best_candidates(
     effects: Mapping[str, Effects],
     num_units: int,
     *,
-    share_new: float | None = 0.5,
+    share_new: float = 0.5,
+    one_list: bool = False,
     costs: Mapping[str, float] | None = None,
 ) -> list[tuple[Edit, float]]:
     """Return the edits that keep the best candidates, and the fall of the loss that each should bring.
@@ -118,17 +122,18 @@ def best_candidates(
         effects: What each adds to the change of the loss, as `Candidates.effects` returns.
         num_units: Units to add in all, ``>= 1``.
         share_new: Share of them for new units; see `firefly`.
+        one_list: Have one list for splits and new units; see `firefly`.
         costs: Cost of a unit by group name.
 
     Raises:
         ValueError: If ``share_new`` is not in ``[0, 1]``.
     """
-    if share_new is not None and not 0 <= share_new <= 1:
+    if not 0 <= share_new <= 1:
         raise ValueError(f"Expected `share_new` in [0, 1], found {share_new!r}.")
     groups = candidates.groups
     splits = {name: (groups[name], -effect.splits) for name, effect in effects.items()}
     new = {name: (groups[name], -effect.new) for name, effect in effects.items()}
-    if share_new is None:
+    if one_list:
         both = {name: (group, torch.cat([gain, new[name][1]])) for name, (group, gain) in splits.items()}
         chosen = best_units(both, num_units, costs=costs)
         kept = {name: _apart(units, len(splits[name][1])) for name, units in chosen.items()}
@@ -154,8 +159,8 @@ class Firefly(StructuralCallback):
     """Splits units and adds new ones where the loss falls most, after a short search on the observed batches.
 
     Args:
-        share_new: Share of the added units that are new, the others being splits; None: one list for both; see
-            `firefly`.
+        share_new: Share of the added units that are new, the others being splits; see `firefly`.
+        one_list: Compare splits and new units in one list instead.
         num_candidates: New units tried in each group; by default as many as it has, at least 16.
         radius: Amplitude of a candidate, relative to the weights around it.
         search_steps: Training steps of the candidates for each lot of groups that share no tensor.
@@ -176,7 +181,8 @@ class Firefly(StructuralCallback):
 
     def __init__(
         self,
-        share_new: float | None = 0.5,
+        share_new: float = 0.5,
+        one_list: bool = False,
         num_candidates: int | None = None,
         radius: float = 0.1,
         search_steps: int = 64,
@@ -187,8 +193,8 @@ class Firefly(StructuralCallback):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if share_new is not None and not 0 <= share_new <= 1:
-            raise MisconfigurationException(f"`share_new` should be in [0, 1] or None, found {share_new!r}.")
+        if not 0 <= share_new <= 1:
+            raise MisconfigurationException(f"`share_new` should be in [0, 1], found {share_new!r}.")
         at_least = {"num_candidates": num_candidates, "points": points, "window_batches": window_batches}
         for name, number in at_least.items():
             if number is not None and number < 1:
@@ -200,6 +206,7 @@ class Firefly(StructuralCallback):
                 raise MisconfigurationException(f"`{name}` should be above 0, found {value!r}.")
         check_cost(cost)
         self.share_new = share_new
+        self.one_list = one_list
         self.num_candidates = num_candidates
         self.radius = radius
         self.search_steps = search_steps
@@ -221,6 +228,7 @@ class Firefly(StructuralCallback):
             self.num_units or max(1, round((self.fraction or 0.1) * total)),
             occasion.generator(type(self).__name__),
             share_new=self.share_new,
+            one_list=self.one_list,
             num_candidates=self.num_candidates,
             radius=self.radius,
             steps=self.search_steps,

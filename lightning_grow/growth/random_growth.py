@@ -21,12 +21,16 @@ from lightning_grow.trainer.proposal import Proposal
 from lightning_grow.trainer.structural_callback import StructuralCallback
 
 
-def random_new_units(groups: Sequence[AxisGroup], num_units: int, generator: torch.Generator) -> list[Edit]:
+def random_new_units(
+    model: nn.Module, groups: Sequence[AxisGroup], num_units: int, generator: torch.Generator
+) -> list[Edit]:
     """Append units with random fan-in and a fan-out of zero, in layers drawn at random.
 
-    A layer is drawn with a probability in proportion to the units that it has. The function is preserved exactly.
+    A layer is drawn with a probability in proportion to the units that it has. A fan-in vector, biases included, is
+    uniform on the sphere, and as long as those of the layer are in the mean. The function is preserved exactly.
 
     Args:
+        model: The model; only read.
         groups: The groups, each without an obstacle.
         num_units: Units to append in all, ``>= 1``; fewer if the steps of the groups do not add up to it.
         generator: Draws layers and weights; a CPU generator. The global random state is not touched.
@@ -42,7 +46,7 @@ def random_new_units(groups: Sequence[AxisGroup], num_units: int, generator: tor
         >>> from lightning_grow.structure import trace
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
         >>> groups = list(trace(model, torch.zeros(1, 4)).groups.values())
-        >>> [str(edit) for edit in random_new_units(groups, 3, torch.Generator().manual_seed(0))]
+        >>> [str(edit) for edit in random_new_units(model, groups, 3, torch.Generator().manual_seed(0))]
         ['0: 8 -> 11 units']
     """
     _check(groups, num_units)
@@ -55,7 +59,17 @@ def random_new_units(groups: Sequence[AxisGroup], num_units: int, generator: tor
         place = int(torch.multinomial(weights, 1, generator=generator))
         counts[place] += groups[place].step
         left -= groups[place].step
-    return [widen(g, count, generator) for g, count in zip(groups, counts, strict=True) if count]
+    named = dict(model.named_parameters())
+    edits = []
+    for group, count in zip(groups, counts, strict=True):
+        vectors = UnitVectors(model, group, "produced")
+        if count and vectors.axes:
+            length = float(vectors.of(named).norm(dim=1).mean()) or 1.0
+            drawn = torch.stack([length * _direction(vectors.length, generator) for _ in range(count)])
+            edits.append(widen(group, count, generator, values=vectors.spread(drawn, new=count)))
+        elif count:
+            edits.append(widen(group, count, generator))
+    return edits
 
 
 def random_splits(
@@ -162,6 +176,6 @@ class RandomGrowth(StructuralCallback):
         num_units = self.num_units or max(1, round((self.fraction or 0.1) * total))
         generator = occasion.generator(type(self).__name__)
         if self.kind == "new":
-            return [Proposal(edit) for edit in random_new_units(groups, num_units, generator)]
+            return [Proposal(edit) for edit in random_new_units(occasion.model, groups, num_units, generator)]
         edits = random_splits(occasion.model, groups, num_units, generator, radius=self.radius)
         return [Proposal(edit) for edit in edits]
