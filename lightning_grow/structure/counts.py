@@ -137,11 +137,17 @@ def renumbered(
                 yield owner, step, replaced(get(owner, step), inside, position)
 
 
+_OF_KERNELS = {"kernel_size", "padding", "dilation", "stride", "output_padding", "_reversed_padding_repeated_twice"}
+"""What convolutions keep about their kernels; that they grow from block to block makes them no positions."""
+
+
 def _numbers(block: nn.Module) -> dict[Path, int]:
     holders = Holders(dict(block.named_modules()))
     found = {}
     for path, inner in block.named_modules():
         sizes = {kept.name for kept in bookkeeping(inner)}
+        if isinstance(inner, nn.modules.conv._ConvNd):
+            sizes |= _OF_KERNELS
         for (module, name, index), value in holders.numbers(path):
             if name not in sizes:
                 found[module, name if index is None else f"{name}[{index}]"] = value

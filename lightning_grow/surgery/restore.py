@@ -22,6 +22,7 @@ from lightning_grow.surgery.attributes import (
 from lightning_grow.surgery.configs import configured
 from lightning_grow.surgery.depth import insert_, remove_
 from lightning_grow.surgery.fill import edited
+from lightning_grow.surgery.kernels import centred, kernel_changes, kernels_of
 from lightning_grow.surgery.optimizer_state import OptimizerMemory
 from lightning_grow.surgery.plan import AxisMap, TensorPlan
 from lightning_grow.surgery.swap import Commit, check_swappable
@@ -38,8 +39,9 @@ def resize_like_(
     """Take on the shapes of a state dict, and its values; all or nothing.
 
     Parameters keep their identity, as in `apply_`. Sizes that modules keep as Python integers follow: those of the
-    structure, and those of torch's own modules. Without a structure, numbers that equal a size that changes are
-    refused, and those that do not (a number of heads that divides a width) are left alone. Tensors that are not in the
+    structure, and those of torch's own modules, with the padding of kernels of another size. Without a structure,
+    numbers that equal a size that changes are refused, and those that do not (a number of heads that divides a width)
+    are left alone. Tensors that are not in the
     state dict (non-persistent buffers) follow along the axes of the structure.
 
     Args:
@@ -70,6 +72,7 @@ def resize_like_(
             names, shapes = {id(r.tensor): r.name for r in resized}, {id(r.tensor): r.shape for r in resized}
             check_nothing_guessed(model, names, shapes)
         changes = [] if structure is None else _described(model, values, structure)
+        changes += kernel_changes(model, {id(r.tensor): tuple(r.shape[2:]) for r in resized})
         with Commit(model, [r.tensor for r in resized]) as commit:
             for r in resized:
                 check_swappable(r.name, r.tensor)
@@ -174,10 +177,13 @@ def _matched(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Tenso
 def _resized_tensors(model: nn.Module, values: Mapping[str, Tensor], structure: Structure | None) -> list[_Resized]:
     """Return every tensor that changes its shape, once."""
     found: dict[int, _Resized] = {}
+    kernels = kernels_of(model)
     for name, value in values.items():
         tensor = tensor_of(model, name)
         if value.shape != tensor.shape:
-            maps = [_cut(d, a, b) for d, (a, b) in enumerate(zip(tensor.shape, value.shape, strict=True)) if a != b]
+            lengths_of = enumerate(zip(tensor.shape, value.shape, strict=True))
+            is_kernel = id(tensor) in kernels
+            maps = [(centred if d > 1 and is_kernel else _cut)(d, a, b) for d, (a, b) in lengths_of if a != b]
             found.setdefault(id(tensor), _Resized(name, tensor, tuple(maps)))
     if structure is None:
         return list(found.values())

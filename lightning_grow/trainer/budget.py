@@ -16,6 +16,7 @@ from lightning_grow.structure.axes import Structure
 from lightning_grow.surgery.apply import apply_
 from lightning_grow.surgery.depth import insert_, remove_
 from lightning_grow.surgery.edit import Edit
+from lightning_grow.surgery.kernels import KernelEdit, enlarge_
 from lightning_grow.trainer.proposal import BlockEdit, Change, Proposal, is_nothing, size_after, size_before, trimmed
 
 _HALVINGS = 10  # a common fraction of all growth is found to one part in a thousand
@@ -106,15 +107,16 @@ class Meter:
     def fit(self, proposals: Sequence[Proposal]) -> list[Proposal]:
         """Return the proposals, shortened so that the model stays within the budget; perhaps none of them.
 
-        Growth of width is cut by the same fraction everywhere. What shrinks the model stays as it is. A new block is
-        left out, the last one first, when the model would be too large with it even without any growth of width.
+        Growth of width is cut by the same fraction everywhere. What shrinks the model stays as it is. A new block, or
+        a larger kernel, is left out, the last one first, when the model would be too large with it even without any
+        growth of width.
         """
         proposals = list(proposals)
         if not self.budget.is_limited or self.fits([p.change for p in proposals]):
             return proposals
-        blocks = [p for p in proposals if _is_new_block(p.change)]
-        for count in range(len(blocks), -1, -1):
-            chosen = [p for p in proposals if p not in blocks[count:]]
+        whole = [p for p in proposals if _is_all_or_nothing(p.change)]
+        for count in range(len(whole), -1, -1):
+            chosen = [p for p in proposals if p not in whole[count:]]
             if self.fits([p.change for p in self._grown_by(chosen, 0.0)]):
                 return self._widest(chosen)
         return [p for p in proposals if size_after(p.change) <= size_before(p.change)]
@@ -173,17 +175,20 @@ def apply_changes_(
     optimizers: Sequence[torch.optim.Optimizer] = (),
     new_state: Literal["mean", "zeros"] = "mean",
 ) -> None:
-    """Apply widths at once, then depth, block by block.
+    """Apply widths at once, kernels at once, then depth, block by block.
 
     Blocks of one stack are named anew after each change, so there can be one change for each stack.
     """
     edits = [change for change in changes if isinstance(change, Edit)]
     if edits:
         apply_(model, edits, optimizers, new_state=new_state)
+    kernels = [change for change in changes if isinstance(change, KernelEdit)]
+    if kernels:
+        enlarge_(model, kernels, optimizers, new_state=new_state)
     for change in changes:
         if isinstance(change, BlockEdit):
             (remove_ if change.remove else insert_)(model, change.stack, change.at, optimizers)
 
 
-def _is_new_block(change: Change) -> bool:
-    return isinstance(change, BlockEdit) and not change.remove
+def _is_all_or_nothing(change: Change) -> bool:
+    return isinstance(change, KernelEdit) or (isinstance(change, BlockEdit) and not change.remove)

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_grow.trainer.proposal import Change, fingerprint
+from lightning_grow.trainer.proposal import Change, fingerprint, name_of
 
 
 def refuse_strategy(strategy: Strategy) -> None:
@@ -119,8 +119,7 @@ def agree(trainer: pl.Trainer, changes: Sequence[Change], step: int) -> None:
 
 
 def _describe(changes: Sequence[Change]) -> str:
-    named = ["'" + (c.group.name if hasattr(c, "group") else c.stack.name) + "'" for c in changes]
-    return ", ".join(named) or "none"
+    return ", ".join(f"'{name_of(change)}'" for change in changes) or "none"
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""What a method proposes: changes of width and depth as plain data, which can be shortened and compared over ranks."""
+"""What a method proposes: changes of width, depth and kernels as plain data, which can be shortened and compared."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_grow.structure.axes import Axis, AxisGroup, Stack
 from lightning_grow.structure.layout import entry_share
 from lightning_grow.surgery.edit import Edit
+from lightning_grow.surgery.kernels import KernelEdit
 
 _ROUND_OFF = 1e-9
 
@@ -31,12 +32,17 @@ class BlockEdit:
     remove: bool = False
 
     @property
+    def size_before(self) -> int:
+        """Number of blocks now."""
+        return len(self.stack.blocks)
+
+    @property
     def size_after(self) -> int:
         """Number of blocks afterwards."""
         return len(self.stack.blocks) + (-1 if self.remove else 1)
 
 
-Change = Edit | BlockEdit
+Change = Edit | BlockEdit | KernelEdit
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,17 +134,26 @@ def _kept_shifts(shift: Tensor, edit: Edit, axis: Axis, size: int, sizes: Mappin
 
 
 def size_after(change: Change) -> int:
-    """Return the number of units or blocks after a change."""
-    return change.size_after if isinstance(change, BlockEdit) else len(change.index)
+    """Return the number of units or blocks, or the length of a kernel, after a change."""
+    return len(change.index) if isinstance(change, Edit) else change.size_after
 
 
 def size_before(change: Change) -> int:
-    """Return the number of units or blocks before a change."""
-    return len(change.stack.blocks) if isinstance(change, BlockEdit) else change.group.size
+    """Return the number of units or blocks, or the length of a kernel, before a change."""
+    return change.group.size if isinstance(change, Edit) else change.size_before
+
+
+def name_of(change: Change) -> str:
+    """Return the name of the group, stack or convolution that a change is about."""
+    if isinstance(change, KernelEdit):
+        return f"{change.module}.kernel"  # a group of units may have the name of the convolution
+    return change.group.name if isinstance(change, Edit) else change.stack.name
 
 
 def is_nothing(change: Change) -> bool:
     """Return whether an edit leaves everything as it is."""
+    if isinstance(change, KernelEdit):
+        return change.before == change.after
     return isinstance(change, Edit) and change.is_identity
 
 
@@ -158,7 +173,7 @@ def fingerprint(changes: Sequence[Change]) -> int:
     """Return a number that two ranks share if, and practically only if, they propose the same changes."""
     digest = hashlib.sha256()
     for change in changes:
-        if isinstance(change, BlockEdit):
+        if not isinstance(change, Edit):
             digest.update(repr(change).encode())
             continue
         digest.update(repr((change.group.name, change.group.size, change.index, change.share, change.seed)).encode())

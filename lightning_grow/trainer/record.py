@@ -11,21 +11,22 @@ from lightning_grow.structure.axes import Stack, plain
 
 _COLUMNS = ("step", "method", "what", "group", "from", "to", "parameters", "loss before", "loss after")
 
-Kind = Literal["widen", "prune", "regroup", "insert", "remove"]
+Kind = Literal["widen", "prune", "regroup", "insert", "remove", "enlarge"]
 
 
 @dataclass
 class Event:
-    """One change of one group (width) or one stack (depth).
+    """One change of one group (width), one stack (depth) or one convolution (kernel size).
 
     Attributes:
         step: Optimizer steps done when it happened.
         epoch: Epoch in which it happened, from 0.
         method: Name of the callback class.
-        what: ``"widen"``, ``"prune"``, ``"regroup"`` (as many units as before), ``"insert"`` or ``"remove"``.
-        group: Name of the group, or of the stack for depth.
-        before: Units (blocks) before.
-        after: Units (blocks) after.
+        what: ``"widen"``, ``"prune"``, ``"regroup"`` (as many units as before), ``"insert"``, ``"remove"`` or
+            ``"enlarge"``.
+        group: Name of the group, of the stack for depth, or of the convolution, and ``.kernel``.
+        before: Units (blocks, length of the kernel) before.
+        after: Units (blocks, length of the kernel) after.
         parameters: Parameters of the whole model after all changes of this step.
         loss_before: Training loss of the last batch before; None when the step returns none.
         loss_after: Training loss of the first batch afterwards; None until there is one.
@@ -115,6 +116,11 @@ class Record:
     def depth_events(self) -> list[Event]:
         """Return the events that inserted or removed blocks, in order."""
         return [event for event in self.events if event.is_depth]
+
+    @property
+    def has_larger_kernels(self) -> bool:
+        """Whether kernels were enlarged."""
+        return any(event.what == "enlarge" for event in self.events)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as dicts, lists, strings and numbers, for a checkpoint."""

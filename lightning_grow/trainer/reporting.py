@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from lightning_grow.structure.axes import Structure
-from lightning_grow.surgery.edit import Edit
-from lightning_grow.trainer.proposal import BlockEdit, Change, Proposal, size_after, size_before
+from lightning_grow.surgery.kernels import KernelEdit
+from lightning_grow.trainer.proposal import BlockEdit, Change, Proposal, name_of, size_after, size_before
 from lightning_grow.trainer.record import Event, Kind, stack_to_dict
 
 log = logging.getLogger(__name__)
@@ -68,15 +68,12 @@ def to_events(
 
 def kind_of(change: Change) -> Kind:
     """Return what a change is called in the record."""
+    if isinstance(change, KernelEdit):
+        return "enlarge"
     if isinstance(change, BlockEdit):
         return "remove" if change.remove else "insert"
     grown = size_after(change) - size_before(change)
     return "widen" if grown > 0 else "prune" if grown < 0 else "regroup"
-
-
-def name_of(change: Change) -> str:
-    """Return the name of the group or stack that a change is about."""
-    return change.group.name if isinstance(change, Edit) else change.stack.name
 
 
 def summary(events: Sequence[Event]) -> str:

@@ -25,6 +25,7 @@ from lightning_grow.structure.axes import Structure, layout_length, stack_from_d
 from lightning_grow.structure.errors import StructureError
 from lightning_grow.structure.states import put_state, state_at
 from lightning_grow.surgery.depth import insert_, remove_
+from lightning_grow.surgery.kernels import kernels_of
 from lightning_grow.surgery.restore import resize_like_
 from lightning_grow.trainer.record import Event, Record
 from lightning_grow.trainer.run import CHECKPOINT_KEY, Run, run_of
@@ -116,7 +117,9 @@ def take_shape_(module: nn.Module, state_dict: Mapping[str, Any], run: Run, save
     """
     done, wanted = run.record.depth_events(), run.record.depth_events()
     structure, buffers, states = run.structure, {}, []
+    kernels = run.record.has_larger_kernels
     if saved is not None:
+        kernels = kernels or Record.from_dict(saved["record"]).has_larger_kernels
         buffers, states = saved.get("buffers", {}), saved.get("states", [])
         structure = structure if saved["structure"] is None else Structure.from_dict(saved["structure"])
         if set(state_dict) != set(module.state_dict()):
@@ -124,7 +127,7 @@ def take_shape_(module: nn.Module, state_dict: Mapping[str, Any], run: Run, save
     _follow_depth_(module, done, wanted)
     try:
         if structure is not None and (buffers or states or _other_shapes(module, state_dict)):
-            _refuse_other_model(module, state_dict, structure)
+            _refuse_other_model(module, state_dict, structure, kernels=kernels)
             if not getattr(module, "strict_loading", True):
                 state_dict = {name: state_dict.get(name, own) for name, own in module.state_dict().items()}
             resize_like_(module, {**state_dict, **buffers}, structure)
@@ -217,8 +220,19 @@ def _other_shapes(module: nn.Module, state_dict: Mapping[str, Any]) -> list[tupl
     return [(n, a, b) for n, a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape]
 
 
-def _refuse_other_model(module: nn.Module, state_dict: Mapping[str, Any], structure: Structure) -> None:
-    """Raise unless the state dict differs along axes of the structure only, all axes of a group alike."""
+def _refuse_other_model(
+    module: nn.Module, state_dict: Mapping[str, Any], structure: Structure, *, kernels: bool
+) -> None:
+    """Raise unless the state dict differs along axes of the structure only, all axes of a group alike.
+
+    Args:
+        module: The module.
+        state_dict: What will be loaded.
+        structure: The structure that both should have.
+        kernels: Whether kernels of convolutions may be of another size, too: they were enlarged in one of the runs.
+    """
+    weights = kernels_of(module) if kernels else set()
+    convolutions = {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in weights}
     sizes = {
         name: state_dict[group.units.tensor].shape[group.units.dim] // group.units.per_unit
         for name, group in structure.groups.items()
@@ -229,7 +243,9 @@ def _refuse_other_model(module: nn.Module, state_dict: Mapping[str, Any], struct
     for name, mine, theirs in _other_shapes(module, state_dict):
         first = aliases.get(name, name)
         expected = [
-            layout_length(layouts[first, dim], sizes) if (first, dim) in layouts else size
+            layout_length(layouts[first, dim], sizes)
+            if (first, dim) in layouts
+            else (theirs.shape[dim] if dim > 1 and dim < theirs.ndim and name in convolutions else size)
             for dim, size in enumerate(mine.shape)
         ]
         if list(theirs.shape) != expected:

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning_grow.planning import GroupPlan, Plan, PlanError, StackPlan
 from lightning_grow.planning.patterns import matches, merged, near
 from lightning_grow.structure.axes import AxisGroup, Stack, Structure
+from lightning_grow.surgery.kernels import KernelEdit
 from lightning_grow.trainer.proposal import BlockEdit, Change, Proposal, size_after, size_before, spared, trimmed
 
 Groups = Sequence[str] | str | os.PathLike[str] | Plan
@@ -143,6 +144,8 @@ class Scope:
         return [p if p.change is change else replace(p, change=change) for p, change in limited if change is not None]
 
     def _limited(self, change: Change, sizes: Mapping[str, int]) -> Change | None:
+        if isinstance(change, KernelEdit):
+            return change  # a plan has no entries for kernels
         name, step = (change.stack.name, 1) if isinstance(change, BlockEdit) else (change.group.name, change.group.step)
         entry = self.of_stack(name) if isinstance(change, BlockEdit) else self.of_group(name)
         before, after = size_before(change), size_after(change)

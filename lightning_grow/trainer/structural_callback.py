@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 from typing_extensions import override
 
 from lightning_grow.criteria.objective import MeasurementError
@@ -169,6 +170,15 @@ class StructuralCallback(pl.Callback, ABC):
         del structure, groups
         return {}
 
+    def check_scope(self, model: nn.Module, structure: Structure) -> None:
+        """Raise, before the first batch, if there is nothing that the callback may change.
+
+        Raises:
+            MisconfigurationException: With what there is.
+        """
+        del model
+        self.scope.check(structure, shrink=self.shrinks)
+
     # -- what a user may read --------------------------------------------------------------------------------------
 
     @property
@@ -226,7 +236,7 @@ class StructuralCallback(pl.Callback, ABC):
             if self.verbose:
                 rank_zero_only(log.info)("%s\n%s", type(pl_module).__name__, self._run.structure)
         self._is_ready = True
-        self.scope.check(self._run.live_structure(pl_module), shrink=self.shrinks)
+        self.check_scope(pl_module, self._run.live_structure(pl_module))
         self._run.begin(pl_module)
         self._begin_to_log(trainer)
         if self._saved_window is not None:
