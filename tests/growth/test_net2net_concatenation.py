@@ -162,7 +162,7 @@ def descend(model, x, y, rates, decay, steps=200, momentum=0.9, lr=0.05):
             for name, p in model.named_parameters():
                 rate = rates.get(name, 1.0)
                 velocity[name].mul_(momentum).add_(p.grad + decay * p / rate)
-                p -= lr * rate * velocity[name]
+                p.sub_(lr * rate * velocity[name])
 
 
 @pytest.mark.parametrize("decay", [0.0, 1e-2])

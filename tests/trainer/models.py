@@ -85,14 +85,13 @@ class Convolutional(Perceptron):
         pl.LightningModule.__init__(self)
         self.save_hyperparameters()
         self.conv1 = nn.Conv1d(1, hidden, 3, padding=1)
-        self.norm = nn.BatchNorm1d(hidden)
         self.conv2 = nn.Conv1d(hidden, hidden, 1, padding="same", groups=hidden)
         self.head = nn.Linear(4 * hidden, 2)
         self.lr = lr
         self.steps_run = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.conv2(F.relu(self.norm(self.conv1(x[:, None])))).flatten(1))
+        return self.head(self.conv2(F.relu(self.conv1(x[:, None]))).flatten(1))
 
 
 class Smooth(Residual):
