@@ -2,6 +2,7 @@
 
 from lightning_grow.growth import (
     Firefly,
+    FireflyContinual,
     GaussNewton,
     GradMax,
     KernelGrowth,
@@ -48,6 +49,7 @@ __all__ = [
     "AxisGroup",
     "Edit",
     "Firefly",
+    "FireflyContinual",
     "GaussNewton",
     "GradMax",
     "History",

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 
 from lightning_grow.growth import (
     Firefly,
+    FireflyContinual,
     GaussNewton,
     GradMax,
     KernelGrowth,
@@ -18,6 +19,7 @@ from lightning_grow.growth import (
     RandomGrowth,
     SignedSplitting,
     SplittingSteepestDescent,
+    Tiny,
 )
 from lightning_grow.pruning import MagnitudePruning
 from lightning_grow.trainer import StructuralCallback
@@ -93,20 +95,38 @@ CONTRACT = {
         },
         preserves=False,
     ),
+    "tiny": Contract(Tiny, {"every_n_steps": 4, "num_units": 2, "update_existing": True}, preserves=False),
+    "firefly_continual": Contract(
+        FireflyContinual,
+        {
+            "every_n_steps": 4,
+            "num_units": 3,
+            "search_steps": 4,
+            "window_batches": 2,
+            "task": "b",
+            "tasks": {"a": {"stem": 6}},
+            "own": {"b": ["head.bias"]},
+        },
+        preserves=False,
+    ),
     "magnitude_pruning": Contract(
         MagnitudePruning, {"every_n_steps": 4, "num_units": 2, "min_size": 2}, preserves=False
     ),
     "gauss_newton": Contract(
         GaussNewton, {"every_n_steps": 4, "num_units": 2, "steps": 5, "window_batches": 3}, preserves=False
     ),
-    "noisy_heuristics": Contract(
+    "noisy_heuristics": Contract(  # the fan-out of what goes is set back to zero in the step of the event, too
+        NoisyHeuristics,
+        {"every_n_steps": 3, "num_units": 3, "num_decay_steps": 2, "window_batches": 1, "threshold_max": 9.0},
+        preserves=False,
+    ),
+    "noisy_heuristics_adding": Contract(
         NoisyHeuristics,
         {
-            "every_n_steps": 3,
+            "every_n_steps": 4,
             "num_units": 3,
-            "num_decay_steps": 2,
+            "add_to_remove_ratio": None,
             "window_batches": 1,
-            "threshold_max": 9.0,
             "deepen": True,
         },
         preserves=True,

@@ -1,5 +1,6 @@
 """What a unit is worth: pure functions, one score per unit, and what they are computed from. Knows torch only."""
 
+from lightning_grow.criteria.bottleneck import Bottleneck, bottlenecks
 from lightning_grow.criteria.curvature import Extremes, Form, exact, extremes, lanczos, rayleigh, splitting_matrices
 from lightning_grow.criteria.magnitude import magnitude
 from lightning_grow.criteria.new_units import NewUnits, SingularPairs
@@ -11,6 +12,7 @@ from lightning_grow.criteria.statistics import GradientSums, Statistic
 from lightning_grow.criteria.units import UnitVectors, sizes_of, sum_over_units
 
 __all__ = [
+    "Bottleneck",
     "Extremes",
     "Form",
     "GradientSums",
@@ -25,6 +27,7 @@ __all__ = [
     "UnitVectors",
     "apart",
     "best_units",
+    "bottlenecks",
     "can_split",
     "exact",
     "extremes",

@@ -1,6 +1,7 @@
 """Methods that make networks larger: one file each."""
 
 from lightning_grow.growth.firefly import Firefly, firefly
+from lightning_grow.growth.firefly_continual import FireflyContinual, locked_entries, task_network
 from lightning_grow.growth.gauss_newton import GaussNewton, GaussNewtonModel, gauss_newton, gauss_newton_splits
 from lightning_grow.growth.gradmax import GradMax, gradmax
 from lightning_grow.growth.kernel_growth import KernelGrowth, larger_kernels
@@ -13,6 +14,7 @@ from lightning_grow.growth.tiny import Tiny, tiny
 
 __all__ = [
     "Firefly",
+    "FireflyContinual",
     "GaussNewton",
     "GaussNewtonModel",
     "GradMax",
@@ -28,6 +30,7 @@ __all__ = [
     "gauss_newton_splits",
     "gradmax",
     "larger_kernels",
+    "locked_entries",
     "net2deeper",
     "net2wider",
     "random_new_units",
@@ -40,5 +43,6 @@ __all__ = [
     "steepest_splits",
     "tiny",
     "unfit_units",
+    "task_network",
     "with_noise",
 ]
