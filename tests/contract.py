@@ -104,7 +104,7 @@ CONTRACT = {
             "search_steps": 4,
             "window_batches": 2,
             "task": "b",
-            "tasks": {"a": {"stem": 6}},
+            "tasks": {"a": {"stem": 3, "blocks.0.up": 2, "blocks.1.up": 2}},
             "own": {"b": ["head.bias"]},
         },
         preserves=False,

@@ -368,7 +368,7 @@ def _difference(one: Tensor, other: Tensor) -> Tensor:
     """Return the difference of two gradients of the same units; 0 where it is nothing but round-off."""
     difference = one - other
     least = _ROUND_OFF * torch.finfo(one.dtype).eps * (one.norm(dim=1) + other.norm(dim=1))
-    return difference * (difference.norm(dim=1) > least)[:, None]
+    return difference.mul((difference.norm(dim=1) > least)[:, None])
 
 
 def _give_gradients(state: _State, gradients: Mapping[tuple[str, Role], Tensor], penalty: float) -> None:

@@ -41,8 +41,8 @@ __all__ = [
     "significance",
     "split_gains",
     "steepest_splits",
+    "task_network",
     "tiny",
     "unfit_units",
-    "task_network",
     "with_noise",
 ]
