@@ -21,8 +21,11 @@ def test_a_recipe_grows_tests_and_leaves_a_picture(name, tmp_path, capfd):
         args += ["--data.init_args.download=false", "--model.init_args.image_size=8"]
     assert main(args) == 0
     out = capfd.readouterr().out
-    assert "widen (Net2Net)" in out
-    assert "insert (Net2Net)" in out
+    config = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    for callback in config["trainer"]["callbacks"]:
+        method = callback["class_path"].rpartition(".")[2]
+        assert f"({method})" in out, f"{method} did nothing"
+        assert f"insert ({method})" in out or not callback["init_args"].get("depth")
     last = out.strip().splitlines()[-1]
     assert last.startswith("test_acc")
     assert "grown" in last

@@ -18,7 +18,7 @@ from lightning_grow.criteria.objective import Objective
 from lightning_grow.criteria.units import UnitVectors, sizes_of
 from lightning_grow.structure.axes import AxisGroup, Role, tensor_of
 from lightning_grow.structure.layout import entry_share
-from lightning_grow.surgery.apply import apply_
+from lightning_grow.surgery.apply import apply_on_trial_
 from lightning_grow.surgery.edit import Edit
 
 
@@ -45,7 +45,7 @@ class Overgrown:
     def __init__(self, model: nn.Module, edits: Iterable[Edit]) -> None:
         edits = list(edits)
         self.model = copy.deepcopy(model)
-        apply_(self.model, edits)
+        apply_on_trial_(self.model, edits)
         self._vectors: dict[tuple[str, Role], UnitVectors] = {}
         self._groups: dict[str, AxisGroup] = {}
         roles: tuple[Role, ...] = ("produced", "consumed")

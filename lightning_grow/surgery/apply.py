@@ -75,6 +75,18 @@ def apply_(
         >>> model[2].weight.shape
         torch.Size([2, 5])
     """
+    for warning in apply_on_trial_(model, edits, optimizers, new_state=new_state):
+        log.warning(warning)
+
+
+def apply_on_trial_(
+    model: nn.Module,
+    edits: Iterable[Edit],
+    optimizers: Iterable[Any] = (),
+    *,
+    new_state: Literal["mean", "zeros"] = "mean",
+) -> tuple[str, ...]:
+    """Do what `apply_` does, and return its warnings instead of logging them: for copies that nobody keeps."""
     if new_state not in ("mean", "zeros"):
         raise ValueError(f"new_state must be 'mean' or 'zeros', but is {new_state!r}.")
     with torch.inference_mode(False), torch.no_grad():
@@ -86,8 +98,7 @@ def apply_(
             _commit(plan, memories, new_state, commit)
         for memory in memories:
             memory.report_resets()
-        for warning in plan.warnings:
-            log.warning(warning)
+    return plan.warnings
 
 
 @dataclass(frozen=True, eq=False)
