@@ -408,7 +408,7 @@ class NoisyHeuristics(StructuralCallback):
 
     Args:
         add_to_remove_ratio: Units added for each unit that goes: with 1 the network keeps its size, above it grows.
-            None: nobody ever goes.
+        removes: Whether any unit ever goes.
         threshold_max: Units that score at least so much stay; the mean score is 1.
         threshold_min: Units that score at most so much go in any case.
         random_share: Probability with which any unit goes at an event.
@@ -430,7 +430,8 @@ class NoisyHeuristics(StructuralCallback):
 
     def __init__(
         self,
-        add_to_remove_ratio: float | None = 2.0,
+        add_to_remove_ratio: float = 2.0,
+        removes: bool = True,
         threshold_max: float = 0.5,
         threshold_min: float = 0.01,
         random_share: float = 0.05,
@@ -442,7 +443,7 @@ class NoisyHeuristics(StructuralCallback):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if add_to_remove_ratio is not None and not add_to_remove_ratio > 0:
+        if not add_to_remove_ratio > 0:
             raise MisconfigurationException(f"`add_to_remove_ratio` should be above 0, found {add_to_remove_ratio!r}.")
         if not threshold_min <= threshold_max:
             raise MisconfigurationException(
@@ -459,6 +460,7 @@ class NoisyHeuristics(StructuralCallback):
         if window_batches < 1:
             raise MisconfigurationException(f"`window_batches` should be at least 1, found {window_batches!r}.")
         self.add_to_remove_ratio = add_to_remove_ratio
+        self.removes = removes
         self.threshold_max = threshold_max
         self.threshold_min = threshold_min
         self.random_share = random_share
@@ -487,7 +489,7 @@ class NoisyHeuristics(StructuralCallback):
         if not groups:
             return []
         gone = {name: fading.units for name, fading in self._fading.items()}
-        if not gone and self.add_to_remove_ratio is not None:
+        if not gone and self.removes:
             gone = self._unfit(groups, occasion)
             if gone and self.num_decay_steps:
                 by_name = {group.name: group for group in groups}
@@ -510,7 +512,7 @@ class NoisyHeuristics(StructuralCallback):
     def _known(self, occasion: Occasion) -> list[AxisGroup]:
         """Return the groups that can be judged, and say once which of them cannot."""
         groups = [group for group in occasion.groups if _can_fade(occasion.model, group)]
-        if self.add_to_remove_ratio is None or not groups:
+        if not self.removes or not groups:
             return groups
         copy = Overgrown(occasion.model, []).model.requires_grad_()
         unseen = Readers(copy, groups).unseen(copy, occasion.measured)
@@ -524,7 +526,7 @@ class NoisyHeuristics(StructuralCallback):
         return unfit_units(
             {group.name: (group, scores[group.name]) for group in groups},
             self._added,
-            add_to_remove_ratio=self.add_to_remove_ratio or math.inf,
+            add_to_remove_ratio=self.add_to_remove_ratio,
             threshold_max=self.threshold_max,
             threshold_min=self.threshold_min,
             random_share=self.random_share,

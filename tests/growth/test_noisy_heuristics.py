@@ -312,7 +312,7 @@ def test_units_fade_while_training_goes_on(tmp_path):
 
 def test_without_removal_it_is_growth_alone(tmp_path):
     """T6.7: a group only gains, by what is asked for in all."""
-    callback = NoisyHeuristics(every_n_steps=3, num_units=2, add_to_remove_ratio=None, window_batches=1)
+    callback = NoisyHeuristics(every_n_steps=3, num_units=2, removes=False, window_batches=1)
     trainer(tmp_path, callback, max_epochs=3).fit(build(Perceptron), loader())
     by_step = {}
     for event in callback.record.events:
@@ -321,14 +321,12 @@ def test_without_removal_it_is_growth_alone(tmp_path):
 
 
 def test_large_layers_make_a_stack_deeper(tmp_path):
-    callback = NoisyHeuristics(
-        every_n_steps=4, num_units=1, add_to_remove_ratio=None, window_batches=1, deepen=True, stop=4
-    )
+    callback = NoisyHeuristics(every_n_steps=4, num_units=1, removes=False, window_batches=1, deepen=True, stop=4)
     small, large = build(Residual, hidden=4), build(Residual, hidden=9)
     trainer(tmp_path, callback, max_epochs=2).fit(small, loader())
     assert len(small.blocks) == 2
     again = NoisyHeuristics(
-        every_n_steps=4, num_units=1, add_to_remove_ratio=None, window_batches=1, deepen=True, stop=4, verify=True
+        every_n_steps=4, num_units=1, removes=False, window_batches=1, deepen=True, stop=4, verify=True
     )
     trainer(tmp_path, again, max_epochs=2).fit(large, loader())
     assert len(large.blocks) == 3
