@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_grow as lg
-from lightning_grow.criteria import Objective, UnitVectors
+from lightning_grow.criteria import Objective, Offspring, Splits, UnitVectors, offspring_edit
+from lightning_grow.criteria.curvature import exact
 from lightning_grow.growth.firefly import firefly
 from lightning_grow.growth.random_growth import random_new_units, random_splits
 from lightning_grow.growth.signed_splitting import signed_splits
@@ -110,6 +111,16 @@ def methods(radius: float, absolute: bool) -> dict[str, Grow]:
         found = steepest_splits(m, [g], o, 1, form="exact", radius=of(m, g), generator=r)
         return [edit for edit, _ in found]
 
+    def s2d_always(m: nn.Module, g: AxisGroup, o: Objective, r: torch.Generator) -> list[lg.Edit]:
+        edits = s2d(m, g, o, r)
+        if edits:
+            return edits
+        splits = Splits(m, [g], o, of(m, g))
+        ends = exact(splits)[g.name]
+        unit = int(ends.lowest.argmin())
+        offset = splits.radii[g.name][unit] * ends.lowest_vectors[unit]
+        return [offspring_edit(m, g, {unit: [Offspring(0.5, offset), Offspring(0.5, -offset)]})]
+
     def s3d(m: nn.Module, g: AxisGroup, o: Objective, r: torch.Generator) -> list[lg.Edit]:
         found = signed_splits(m, [g], o, 1, c=3.0, ways=[2], form="exact", radius=of(m, g), generator=r)
         return [edit for edit, _ in found]
@@ -121,6 +132,7 @@ def methods(radius: float, absolute: bool) -> dict[str, Grow]:
     return {
         "random split": random_split,
         "S2D": s2d,
+        "S2D, splitting stable units, too": s2d_always,
         "S3D, two-way": s3d,
         "random new unit, fan-out zero": random_new,
         "Firefly": best_of_all,
@@ -148,7 +160,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--radius", type=float, default=0.1)
-    parser.add_argument("--absolute", action="store_true", help="the radius is not relative to the weights")
+    parser.add_argument("--absolute", action="store_true", help="the radius is that of a layer, not relative to it")
+    parser.add_argument("--first", type=float, nargs=2, default=[1.0, 1.0], help="spread of the student's w and b")
+    parser.add_argument("--only", nargs="*", help="methods to run, by name; all by default")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     x = torch.linspace(-5, 5, 500, dtype=torch.float64)[:, None]
@@ -157,10 +171,11 @@ def main() -> None:
     for seed in range(arguments.seeds):
         generator = torch.Generator().manual_seed(seed)
         targets.append(drawn(15, generator, w=1.5, b=3.0)(x).detach())
-        firsts.append(drawn(1, generator))
-        larges.append(drawn(FINAL_UNITS, generator))
+        firsts.append(drawn(1, generator, *arguments.first))
+        larges.append(drawn(FINAL_UNITS, generator, *arguments.first))
     train_(firsts, targets, x, STEPS)
     grow = methods(arguments.radius, arguments.absolute)
+    grow = {name: grow[name] for name in arguments.only or grow}
     for name in grow:
         for seed, (first, target) in enumerate(zip(firsts, targets, strict=True)):
             runs.append(Growing(name, copy.deepcopy(first), target, torch.Generator().manual_seed(seed)))
@@ -181,16 +196,18 @@ def main() -> None:
 
 def report(runs: Sequence[Growing]) -> None:
     """Print the table."""
-    print("| | median | lowest | quartiles | highest | units |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name in dict.fromkeys(run.name for run in runs):
-        losses = sorted(run.loss for run in runs if run.name == name)
-        low, _, high = statistics.quantiles(losses, n=4, method="inclusive") if len(losses) > 1 else losses * 3
+    names = list(dict.fromkeys(run.name for run in runs))
+    losses = {name: [run.loss for run in runs if run.name == name] for name in names}
+    print("| | median | lowest | quartiles | highest | lower than random split | units |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in names:
+        ordered = sorted(losses[name])
+        low, _, high = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
         units = sorted({run.units for run in runs if run.name == name})
         size = f"{units[0]}" if len(units) == 1 else f"{units[0]} to {units[-1]}"
-        spread = f"{losses[0]:.1e} | {low:.1e} to {high:.1e} | {losses[-1]:.1e}"
-        print(f"| {name} | {statistics.median(losses):.1e} | {spread} | {size} |")
-    print(f"({len(losses)} seeds)", flush=True)
+        spread = f"{ordered[0]:.1e} | {low:.1e} to {high:.1e} | {ordered[-1]:.1e}"
+        better = sum(loss < other for loss, other in zip(losses[name], losses[names[0]], strict=True))
+        print(f"| {name} | {statistics.median(ordered):.1e} | {spread} | {better} of {len(ordered)} | {size} |")
 
 
 if __name__ == "__main__":
