@@ -1,8 +1,8 @@
 """The tables of `teacher_student.md`: ``python docs/methods/evidence_teacher.py --seeds 20``.
 
-A student learns from a teacher of its own kind, and grows one unit at a time (protocol of the GradMax notebook): the
-teacher has 10 inputs, 10 hidden units and 10 outputs, weights uniform in [-1, 1], no biases, and the activation
-``clamp(min=0)``; 1000 normal inputs, the whole of which is the batch; mean squared error. The student begins with 5 hidden
+A student learns from a teacher of its own kind, and grows one unit at a time, after the notebook of GradMax's authors:
+the teacher has 10 inputs, 10 hidden units and 10 outputs, weights uniform in [-1, 1], no biases, and the activation
+``clamp(min=0)``; 1000 normal inputs, all of which are the batch; mean squared error. The student begins with 5 hidden
 units, and gets one more every 200 steps of gradient descent, five times; 500 steps follow.
 """
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_grow as lg
-from lightning_grow.criteria import NewUnits, Objective
+from lightning_grow.criteria import NewUnits, Objective, bottlenecks
 from lightning_grow.structure import AxisGroup
 from lightning_grow.surgery import Edit
 
@@ -59,15 +59,15 @@ class Task:
 
     def train(self, model: nn.Module, steps: int, lr: float) -> list[float]:
         """Descend; return the loss before each step."""
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-        losses = []
+        parameters, losses = list(model.parameters()), []
         for _ in range(steps):
             loss = F.mse_loss(model(self.x), self.y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-        return losses
+            gradients = torch.autograd.grad(loss, parameters)
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.sub_(gradient, alpha=lr)
+            losses.append(loss.detach())
+        return torch.stack(losses).tolist()
 
 
 def network(hidden: int) -> nn.Sequential:
@@ -115,7 +115,7 @@ def tiny_with_update(task: Task, model: nn.Module, group: AxisGroup, generator: 
 
 METHODS: dict[str, Grow] = {
     "GradMax": gradmax,
-    "fan-out zero, right singular vectors (`zero=\"fan_out\"`)": fan_out_zero,
+    'fan-out zero, right singular vectors (`zero="fan_out"`)': fan_out_zero,
     "fan-in zero, random fan-out": random_fan_out,
     "fan-out zero, random fan-in": net2wider_like,
     "TINY": tiny,
@@ -153,7 +153,7 @@ def widen(task: Task, model: nn.Module, grow: Grow, event: int) -> None:
 def compare_with_gromo(seeds: int) -> None:
     """Print how far our bottlenecks are from those of GroMo, an independent implementation, where it is installed."""
     try:
-        from gromo.modules.linear_growing_module import LinearGrowingModule
+        from gromo.modules.linear_growing_module import LinearGrowingModule  # noqa: PLC0415 (an independent peer)
     except ImportError:
         print("\nGroMo is not installed: no comparison with it.")
         return
@@ -174,12 +174,11 @@ def compare_with_gromo(seeds: int) -> None:
         second.update_computation()
         second.compute_optimal_updates(maximum_added_neurons=2, numerical_threshold=1e-12, statistical_threshold=1e-6)
         objective = Objective(lambda model, b: (model(b[0]) - b[1]).square().sum(dim=1).mean(), [(x, y)])
-        _, found = lg.criteria.bottlenecks(ours, [lg.trace(ours, x)["0"]], objective, eigenvalue_threshold=1e-12)
+        _, found = bottlenecks(ours, [lg.trace(ours, x)["0"]], objective, eigenvalue_threshold=1e-12)
         mine = found["0"]
-        fan_in = torch.cat([second.extended_input_layer.weight] if False else [first.extended_output_layer.weight], dim=1)
         pairs = {
             "singular values": (second.eigenvalues_extension[:2], mine.values[:2]),
-            "fan-in": (fan_in.abs(), mine.fan_in[:2, :6].abs()),
+            "fan-in": (first.extended_output_layer.weight.abs(), mine.fan_in[:2, :6].abs()),
             "fan-out": (second.extended_input_layer.weight.T.abs(), mine.fan_out[:2].abs()),
             "step of present weights": (second.optimal_delta_layer.weight, -mine.update),
         }
@@ -202,7 +201,9 @@ def main() -> None:
     final["small: never grown"] = [grow_fully(task, None) for task in tasks]
     final["big: ten units from the start"] = [grow_fully(task, None, FULL) for task in tasks]
     reference = final["fan-in zero, random fan-out"]
-    print("| | final loss | median | better than random fan-out | mean loss after one growth | gradient of the new unit |")
+    print(
+        "| | final loss | median | better than random fan-out | mean loss after one growth | gradient of the new unit |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for name, losses in final.items():
         wins = sum(a < b for a, b in zip(losses, reference, strict=True))

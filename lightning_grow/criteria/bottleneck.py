@@ -1,6 +1,6 @@
 r"""What the weights between two layers cannot do for the loss, and what new units between them would do best.
 
-Verbockhaven, Rudkiewicz, Charpiat, Chevallier, "Growing Tiny Networks: Spotting Expressivity Bottlenecks and Fixing
+Verbockhaven, Rudkiewicz, Chevallier, Charpiat, "Growing Tiny Networks: Spotting Expressivity Bottlenecks and Fixing
 Them Optimally", TMLR 2024, arXiv:2405.19816. For each sample, the loss wants the output ``y`` of a layer to move along
 :math:`V = -\partial \ell / \partial y`. With the layer's inputs :math:`B_1` (one row for each sample), moving its
 weights serves the part of ``V`` in their span; what is left, :math:`V_\perp`, is the *bottleneck*. New units read the

@@ -1,6 +1,6 @@
 r"""TINY: new units that do best what the present weights cannot do, and the best step of those that can.
 
-Verbockhaven, Rudkiewicz, Charpiat, Chevallier, "Growing Tiny Networks: Spotting Expressivity Bottlenecks and Fixing
+Verbockhaven, Rudkiewicz, Chevallier, Charpiat, "Growing Tiny Networks: Spotting Expressivity Bottlenecks and Fixing
 Them Optimally", TMLR 2024, arXiv:2405.19816.
 """
 
