@@ -90,6 +90,13 @@ def test_what_costs_more_than_there_is_stands_in_nobodys_way():
     assert best_units(gains, 9, costs={"a": 50.0, "b": 1.0}, max_cost=2.0) == {"b": [0, 1]}
 
 
+def test_what_does_not_fit_ends_the_list():
+    """Else the small ones behind it would be taken, five instead of one, because their layer has become dearer."""
+    gains = table([20.0, 1.0, 1.0, 1.0, 1.0], [45.0])
+    assert best_units(gains, 9, costs={"a": 1.0, "b": 9.0}, max_cost=10.0) == {"a": [0], "b": [0]}
+    assert best_units(gains, 9, costs={"a": 2.0, "b": 9.0}, max_cost=10.0) == {"a": [0]}
+
+
 def test_ties_go_by_order_of_groups_and_units():
     assert best_units(table([1.0, 1.0], [1.0]), 2) == {"a": [0, 1]}
 

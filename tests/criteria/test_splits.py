@@ -22,6 +22,7 @@ from lightning_grow.criteria import (
     rayleigh,
     splitting_matrices,
 )
+from lightning_grow.criteria.splits import _difference
 from lightning_grow.structure import StructureError, trace
 from lightning_grow.surgery import apply_
 from tests.zoo import THIRD_PARTY, ZOO
@@ -171,6 +172,16 @@ def test_without_curvature_the_matrix_is_zero(between):
         found = ends(Splits(model, [trace(model, X)["0"]], OBJECTIVE), *arguments)["0"]
         assert not found.lowest.any()
         assert not found.highest.any()
+        for vectors in (found.lowest_vectors, found.highest_vectors):  # directions all the same
+            torch.testing.assert_close(vectors.norm(dim=1), torch.ones(5, dtype=torch.float64))
+
+
+def test_round_off_is_no_curvature():
+    """Twins of a linear unit whose gradients are summed in another order differ in the last digit, no more."""
+    gradient = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    other = gradient * (1 + torch.tensor([[2e-7], [1e-3], [0.0]]))
+    difference = _difference(gradient, other)
+    assert [bool(row.any()) for row in difference] == [False, True, False]
 
 
 def test_a_kink_within_reach_has_curvature():
