@@ -87,7 +87,7 @@ class GaussNewtonModel:
         model: The model; it is copied, not changed.
         groups: The groups, each without an obstacle, and with a fan-in that is trained.
         objective: The loss. What its consumers read must have the batch first.
-        generator: Draws labels.
+        generator: Draws the seed of labels and signs; one draw, whatever the batches.
         likelihood: Which calls of loss functions tell what the model predicts; see `Likelihood`.
         labels: Labels for the curvature: ``"exact"``, ``"signs"``, ``"sampled"``, or, for comparisons only, ``"true"``;
             see `Likelihood.draws`. None is exact up to ten classes (or outputs of a sample), otherwise signs.
@@ -126,7 +126,9 @@ class GaussNewtonModel:
         unseen = self._readers.unseen(base, objective)
         if unseen:
             raise StructureError(f"Cannot tell what {', '.join(unseen)} contribute: {_UNSEEN}. Exclude them.")
-        self._batches = [self._seen(base, batch, generator) for batch in objective.batches]
+        # a generator of its own: how much it draws depends on the batches of this process
+        own = torch.Generator().manual_seed(int(torch.randint(2**31 - 1, (1,), generator=generator)))
+        self._batches = [self._seen(base, batch, own) for batch in objective.batches]
         self._twins = [_Twins(model, lot) for lot in apart(groups)]
 
     @property

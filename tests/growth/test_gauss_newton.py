@@ -397,6 +397,17 @@ def test_equal_draws_give_equal_edits():
             assert torch.equal(shift, b.shifts[label])
 
 
+def test_what_else_is_drawn_does_not_depend_on_the_batches():
+    """Processes with batches of other sizes draw the same directions."""
+    model, states = perceptron(), []
+    for size in (10, 40):
+        generator = seeded()
+        groups = list(trace(model, X).groups.values())
+        GaussNewtonModel(model, groups, Objective(cross_entropy, [(X[:size], Y[:size])]), generator)
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
