@@ -125,7 +125,7 @@ CONTRACT = {
         {
             "every_n_steps": 4,
             "num_units": 3,
-            "add_to_remove_ratio": None,
+            "removes": False,
             "window_batches": 1,
             "deepen": True,
         },
