@@ -5,11 +5,13 @@ A unit with a small fan-in :math:`a` and a fan-out :math:`b` changes the loss by
 .. math:: L(a, b) - L = c \, b^T M a + O(|a|^2 |b|),
 
 with the *form* :math:`M = \sum \delta x^T` of the inputs that make it and the gradients at what uses it, and the slope
-:math:`c = (\varphi'(0^+) + \varphi'(0^-)) / 2` of what lies between. Nothing is known here of layers: in an overgrown
-copy, the gradient with respect to the fan-in of a candidate is :math:`c M^T b`, and that with respect to its fan-out
-:math:`c M a`. Candidates come in pairs with fan-ins :math:`\pm a`, of which the antisymmetric half counts: it is linear
-for every activation, kinks at zero included (:math:`\mathrm{relu}(z) - \mathrm{relu}(-z) = z`). Fan-outs of candidates
-with one fan-in add up to zero, so that the copy computes exactly what the model does, and all layers are asked at once.
+:math:`c` of what lies between. Nothing is known here of layers: in an overgrown copy, the gradient with respect to the
+fan-in of a candidate is :math:`c M^T b`, and that with respect to its fan-out, for a small fan-in, :math:`c M a`.
+Fan-outs of candidates with one fan-in add up to zero, so that the copy computes exactly what the model does, and all
+layers are asked at once. The slope is :math:`\varphi'(0)`, as torch takes it. Where that is 0, as for ``torch.relu``,
+candidates get a positive bias, and it is the slope from above; or, failing that, they come in pairs with fan-ins
+:math:`\pm a`, of which the antisymmetric half counts, and it is the mean of both sides:
+:math:`\mathrm{relu}(z) - \mathrm{relu}(-z) = z`.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ _NOTHING = 1e-3
 """A gradient below this share of what it could be is none."""
 _TINY = 1e-6
 """Length of the fan-in at which fan-in gradients are taken, relative to a usual one: they do not lose digits."""
+_LEVEL = 0.1
+"""The bias that lifts units to where a ReLU is linear."""
 _RANK = 1e-5
 """Singular values below this share of the largest are noise."""
 
@@ -63,17 +67,21 @@ class Space:
             attention heads those that their output is linear in.
         base: The fan-in of a new unit that does nothing yet, ``(p,)``: zero where it is free, and in biases; random in
             gates, queries and keys.
+        biases: Which entries of a fan-in are biases, bool ``(p,)``.
+        lifted: Labels of the biases that units pass on their way, of norms for example.
         fan_out_length: ``q``.
         fan_in_norm: Mean length of the fan-in vectors that there are; 1 if that is 0.
         fan_out_norm: Mean length of the fan-out vectors that there are; 1 if that is 0.
-        slope: After `NewUnits.look`: the slope at exactly zero over ``c``: 1 for smooth activations, 0 for
-            ``torch.relu``, whose derivative at zero is 0, so that such units would never learn.
+        slope: After `NewUnits.look`: the slope at exactly zero over the mean of both sides: 1 for smooth activations, 0
+            for ``torch.relu``, whose derivative at zero is 0, so that such units would never learn.
         constant: After `NewUnits.look`: whether a unit returns something without any fan-in, as behind a sigmoid.
     """
 
     group: AxisGroup
     free: Tensor
     base: Tensor
+    biases: Tensor
+    lifted: tuple[str, ...]
     fan_out_length: int
     fan_in_norm: float
     fan_out_norm: float
@@ -126,6 +134,7 @@ class NewUnits:
         self._generator = generator or (lambda name: torch.Generator().manual_seed(zlib.crc32(name.encode())))
         self.spaces: dict[str, Space] = {}
         self.passes = 0
+        self._seen: set[str] = set()
         parts: dict[str, Tensor] = {}
         named = dict(model.named_parameters())
         for group in groups:
@@ -137,62 +146,92 @@ class NewUnits:
             part = parts[group.name] = _parts(model, fan_in)
             in_norm, out_norm = (float(v.of(named).double().norm(dim=1).mean()) or 1.0 for v in (fan_in, fan_out))
             base = torch.zeros(fan_in.length, dtype=torch.float64)
-            self.spaces[group.name] = Space(group, part >= 0, base, fan_out.length, in_norm, out_norm)
+            lifted = tuple(a.label for a in group.with_role("carried") if _is_bias(model, a.tensor))
+            self.spaces[group.name] = Space(group, part >= 0, base, part < 0, lifted, fan_out.length, in_norm, out_norm)
         self._find_gates({name: part for name, part in parts.items() if len(_indices(part)) > 1})
 
     # -- products ---------------------------------------------------------------------------------------------------
 
-    def products(self, fan_out: Mapping[str, Tensor], fan_in: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    def products(
+        self, fan_out: Mapping[str, Tensor], fan_in: Mapping[str, Tensor], objective: Objective | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """Return products of forms with vectors, in one pass for all groups.
 
         Args:
             fan_out: Vectors ``(s, q)`` by group name.
             fan_in: Vectors ``(t, p)`` by group name; entries that are not free do not count.
+            objective: The loss on some of the batches only; by default, on all.
 
         Returns:
-            By group name, ``(s, p)``: the vectors times ``M``, and ``(t, q)``: ``M`` times the vectors.
+            By group name, ``(s, p)``: the vectors times ``c M``, and ``(t, q)``: ``c M`` times the vectors.
         """
+        self.look()
         rows: dict[str, tuple[Tensor, Tensor]] = {}
-        counts: dict[str, tuple[int, int]] = {}
+        vectors: dict[str, tuple[Tensor, Tensor]] = {}
         for name in self.spaces:
             space = self.spaces[name]
             b = _or_none(fan_out.get(name), space.fan_out_length)
             a = _or_none(fan_in.get(name), len(space.free)) * space.free
-            if not len(a) + len(b):
-                continue
-            step = self._step(name) * space.fan_in_norm
-            at, out = [], []
-            if len(b):  # the last row of either sign balances the others
-                probe = space.base + _TINY * space.fan_in_norm * self._probe(name)
-                mirrored = 2 * space.base - probe
-                balanced = torch.cat([b, -b.sum(dim=0, keepdim=True)])
-                at += [probe.expand(len(b) + 1, -1), mirrored.expand(len(b) + 1, -1)]
-                out += [balanced, -balanced]
-            if len(a):
-                at += [space.base + step * a, space.base - step * a]
-                out += [b.new_zeros(2 * len(a), space.fan_out_length)]
-            rows[name], counts[name] = (torch.cat(at), torch.cat(out)), (len(b), len(a))
+            if len(a) + len(b):
+                vectors[name] = b, a
+                rows[name] = self._candidates(name, b, a)
         found = {}
-        for name, (by_in, by_out, _) in self._gradients(rows, self._objective).items():
-            (s, t), space = counts[name], self.spaces[name]
-            ends = 2 * (s + 1) if s else 0
-            one, other = by_in[:s], by_in[s + 1 : 2 * s + 1]
-            plus, minus = by_out[ends : ends + t], by_out[ends + t :]
-            scale = 2 * self._step(name) * space.fan_in_norm
-            found[name] = ((one - other) / 2 * space.free, (plus - minus) / scale)
+        for name, (by_in, by_out, _) in self._gradients(rows, objective or self._objective).items():
+            (b, a), free = vectors[name], self.spaces[name].free
+            s, t, way = len(b), len(a), self._way(name)
+            to_in = (by_in[:s] - by_in[s + 1 : 2 * s + 1]) / 2 if way == "pairs" else by_in[:s]
+            if way == "lift":
+                to_out = (by_out[len(by_out) - t - 1 : -1] - by_out[-1:]) / self._step(name)
+            else:
+                one, other = by_out[len(by_out) - 2 * t :].chunk(2) if t else (by_out[:0], by_out[:0])
+                to_out = (one - other) / (2 * self._step(name)) * (self.spaces[name].slope if way == "base" else 1.0)
+            found[name] = to_in * free, to_out if t else by_out[:0]
         self.passes += 1
         return found
+
+    def _candidates(self, name: str, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Return fan-ins and fan-outs of candidates; all fan-outs that belong to one fan-in add up to zero."""
+        space, step = self.spaces[name], self._step(name)
+        balanced = torch.cat([b, -b.sum(dim=0, keepdim=True)]) if len(b) else b
+        nothing = b.new_zeros(2 * len(a), space.fan_out_length)
+        both = [space.base + step * a, space.base - step * a]
+        if self._way(name) == "pairs":
+            probe = self._probe(name) if len(b) else torch.zeros_like(space.base)
+            at = [(space.base + sign * probe).expand(len(balanced), -1) for sign in (1, -1)]
+            return torch.cat([*at, *both]), torch.cat([balanced, -balanced, nothing])
+        if self._way(name) == "base":
+            return torch.cat([space.base.expand(len(balanced), -1), *both]), torch.cat([balanced, nothing])
+        base = space.base + _LEVEL * space.biases
+        at = [base.expand(len(balanced), -1), base + step * a, base[None]]  # the last one for comparison
+        return torch.cat(at), torch.cat([balanced, nothing[: len(a)], nothing.new_zeros(1, space.fan_out_length)])
+
+    def _way(self, name: str) -> str:
+        """Return how a group is measured.
+
+        ``"base"``: at a fan-in of zero, as new units will be. ``"lift"``: where there is no derivative at zero, with a
+        positive bias, which puts a ReLU where it is linear. ``"pairs"``: with fan-ins of both signs, where neither
+        works: without biases, with gates, or behind activations that are not zero at zero.
+        """
+        space = self.spaces[name]
+        if space.constant:
+            return "pairs"
+        if space.slope >= _NOTHING:
+            return "base"
+        return "lift" if bool(space.biases.any() or space.lifted) and not bool(space.base.any()) else "pairs"
 
     def look(self) -> None:
         """Measure, in one pass over the first batch, what a unit with no fan-in does: ``slope`` and ``constant``."""
         rows = {}
         for name in self.spaces:
             space = self.spaces[name]
+            if name in self._seen:
+                continue
+            self._seen.add(name)
             b = _unit(torch.randn(space.fan_out_length, generator=self._generator(name), dtype=torch.float64))
-            probe = space.base + _TINY * space.fan_in_norm * self._probe(name)
-            at = torch.stack([space.base, space.base, probe, probe, *[2 * space.base - probe] * 2])
+            probe = self._probe(name)
+            at = torch.stack([space.base, space.base, *[space.base + probe] * 2, *[space.base - probe] * 2])
             rows[name] = at, torch.stack([b, -b, b, -b, -b, b])
-        for name, (by_in, by_out, present) in self._gradients(rows, self._first).items():
+        for name, (by_in, by_out, present) in self._gradients(rows, self._first).items() if rows else ():
             space = self.spaces[name]
             alive = float(((by_in[2] - by_in[4]) / 2 * space.free).norm())
             space.slope = float((by_in[0] * space.free).norm()) / alive if alive > 0 else 1.0
@@ -218,14 +257,15 @@ class NewUnits:
         return found
 
     def leading(
-        self, num_units: Mapping[str, int], *, oversampling: int = 8, passes: int = 3
+        self, num_units: Mapping[str, int], *, oversampling: int = 4, passes: int = 2
     ) -> dict[str, SingularPairs]:
         """Return the leading singular pairs of the forms, by a randomised block method.
 
         The range of a form is sketched with random fan-outs, and sharpened by power steps: each pass applies the form,
         or its transpose, to an orthonormal basis of what the one before it found (Halko, Martinsson, Tropp, "Finding
-        structure with randomness", SIAM Review 2011, arXiv:0909.4061). Where the sketch spans the shorter side,
-        the first pass writes the form out, and the pairs are exact.
+        structure with randomness", SIAM Review 2011, arXiv:0909.4061). All but the
+        last pass run over half of the batches, because a sketch need not be exact. Where it spans the shorter side, one
+        pass writes the form out, and the pairs are exact.
 
         Args:
             num_units: Pairs wanted, by group name, ``>= 1``; there are fewer where the rank is lower.
@@ -236,7 +276,7 @@ class NewUnits:
             By group name; all groups are measured in the same passes.
         """
         bases: dict[str, tuple[str, Tensor]] = {}
-        exact: dict[str, Tensor] = {}
+        sketched: list[str] = []
         for name, wanted in num_units.items():
             space = self.spaces[name]
             p, q, sketch = int(space.free.sum()), space.fan_out_length, wanted + oversampling
@@ -247,22 +287,20 @@ class NewUnits:
             else:
                 drawn = torch.randn(q, sketch, generator=self._generator(f"{name} sketch"), dtype=torch.float64)
                 bases[name] = "out", torch.linalg.qr(drawn).Q.T
-        found: dict[str, SingularPairs] = {}
-        for index in range(passes):
-            todo = {name: basis for name, basis in bases.items() if name not in exact}
-            if not todo:
-                break
-            sides = ({n: b for n, (side, b) in todo.items() if side == wanted} for wanted in ("out", "in"))
-            for name, (left, right) in self.products(*sides).items():
-                side, basis = bases[name]
-                image = left if side == "out" else right
-                space = self.spaces[name]
-                if len(basis) == min(space.fan_out_length, int(space.free.sum())) or index == passes - 1:
-                    exact[name] = image
-                    found[name] = _pairs(side, basis, image, num_units[name])
-                else:
-                    bases[name] = "in" if side == "out" else "out", torch.linalg.qr(image.T).Q.T
-        return found
+                sketched.append(name)
+        half = self._objective.on(self._objective.batches[: -(-len(self._objective.batches) // 2)])
+        for _ in range(passes - 1 if sketched else 0):
+            for name, image in self._images({name: bases[name] for name in sketched}, half).items():
+                bases[name] = "in" if bases[name][0] == "out" else "out", torch.linalg.qr(image.T).Q.T
+        images = self._images({name: bases[name] for name in num_units}, self._objective)
+        return {name: _pairs(*bases[name], images[name], num_units[name]) for name in num_units}
+
+    def _images(self, bases: Mapping[str, tuple[str, Tensor]], objective: Objective) -> dict[str, Tensor]:
+        """Return the products of forms with bases of either side."""
+        sides = ({n: b for n, (side, b) in bases.items() if side == wanted} for wanted in ("out", "in"))
+        out, into = sides
+        products = self.products(out, into, objective)
+        return {name: products[name][0 if side == "out" else 1] for name, (side, _) in bases.items()}
 
     # -- edits ------------------------------------------------------------------------------------------------------
 
@@ -291,14 +329,17 @@ class NewUnits:
         self._on_refusal(name, why)
 
     def _step(self, name: str) -> float:
-        """Length of the fan-ins at which fan-out gradients are taken: errors of the third order and round-off meet."""
-        axis = self.spaces[name].group.with_role("consumed")[0]
-        return float(torch.finfo(tensor_of(self._model, axis.tensor).dtype).eps ** (1 / 3))
+        """Length of the fan-ins at which fan-out gradients are taken: where errors of the method and round-off meet."""
+        space = self.spaces[name]
+        axis = space.group.with_role("consumed")[0]
+        power = {"pairs": 1 / 3, "base": 1 / 3, "lift": 2 / 5}[self._way(name)]
+        return space.fan_in_norm * float(torch.finfo(tensor_of(self._model, axis.tensor).dtype).eps ** power)
 
     def _probe(self, name: str) -> Tensor:
+        """Return a tiny fan-in, at which a derivative by the fan-in loses no digits."""
         space = self.spaces[name]
         drawn = torch.randn(len(space.free), generator=self._generator(f"{name} probe"), dtype=torch.float64)
-        return _unit(drawn * space.free)
+        return _TINY * space.fan_in_norm * _unit(drawn * space.free)
 
     def _find_gates(self, parts: Mapping[str, Tensor]) -> None:
         """Let what gets no gradient at zero be random, such as gates and queries: see `_free_parts`."""
@@ -348,6 +389,14 @@ class NewUnits:
             drawn[part == index] *= float(present[:, part == index].square().mean().sqrt())
         return drawn * (part >= 0)
 
+    def _room(self, group: AxisGroup, num_units: int) -> Edit:
+        """Return the edit that makes room for candidates, which let everything through."""
+        values = transparent_values(self._model, group, num_units)
+        if self._way(group.name) == "lift":
+            for label in self.spaces[group.name].lifted:
+                values[label] = torch.full(values[label].shape, _LEVEL, dtype=torch.float64)
+        return widen(group, num_units, values=values)
+
     def _gradients(
         self, rows: Mapping[str, tuple[Tensor, Tensor]], objective: Objective
     ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -356,7 +405,8 @@ class NewUnits:
         for names in _lots([self.spaces[name].group for name in rows]):
             groups = {name: self.spaces[name].group for name in names}
             more = {name: -(-len(rows[name][0]) // group.step) * group.step for name, group in groups.items()}
-            wide = Overgrown(self._model, [_appended(self._model, groups[name], [], more[name]) for name in names])
+            edits = [self._room(groups[name], more[name]) for name in names]
+            wide = Overgrown(self._model, edits)
             grown = {name: dataclasses.replace(g, size=g.size + more[name]) for name, g in groups.items()}
             known = {name: group.size for name, group in groups.items()}
             masks = {(n, role): _known_entries(wide.model, grown, known, n, role) for n in names for role in _ROLES}
@@ -427,7 +477,7 @@ def _transparent(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor | None:
         by_name = {"weight": eps**0.5, "bias": 0.0, "running_mean": 0.0}
         by_name["running_var"] = 1.0 if getattr(module, "weight", None) is None else 0.0
         return torch.tensor(by_name[leaf], dtype=torch.float64) if leaf in by_name else None
-    if leaf == "bias" and tensor.ndim == 1:
+    if leaf == "bias" and tensor.ndim == 1:  # see `_is_bias`
         return torch.zeros((), dtype=torch.float64)
     if hasattr(module, "kernel_size") and leaf == "weight" and tensor.ndim > 2:
         kernel = torch.zeros(tensor.shape[2:], dtype=torch.float64)
@@ -545,6 +595,10 @@ def _pairs(side: str, basis: Tensor, image: Tensor, num_units: int) -> SingularP
 
 def _times(block: Block, group: str) -> int:
     return sum(isinstance(factor, Units) and factor.group == group for factor in block.factors)
+
+
+def _is_bias(model: nn.Module, name: str) -> bool:
+    return name.rpartition(".")[2] == "bias" and bool(tensor_of(model, name).ndim == 1)
 
 
 def _indices(part: Tensor) -> list[int]:

@@ -47,8 +47,8 @@ def gradmax(
     scale_by: ScaleBy = "mean_norm",
     zero: Side = "fan_in",
     epsilon: float = 1e-4,
-    oversampling: int = 8,
-    passes: int = 3,
+    oversampling: int = 4,
+    passes: int = 2,
 ) -> Edit:
     r"""Append units with a fan-in of zero, whose fan-out makes the gradient of the fan-in as large as it can be.
 
@@ -226,8 +226,8 @@ class GradMax(StructuralCallback):
         epsilon: float = 1e-4,
         together: bool = False,
         cost: Cost = "units",
-        oversampling: int = 8,
-        passes: int = 3,
+        oversampling: int = 4,
+        passes: int = 2,
         **common: Any,
     ) -> None:
         super().__init__(**common)
