@@ -55,7 +55,7 @@ class Bottleneck:
         fan_out: ``(k, r)``, with the shape of the kernel behind where it is a convolution.
         update: The best step of the present weights, in the shape of the consumer's weight; it is added.
         mean: Mean input of the producer, with a 1 for the bias: ``(p,)``.
-        covariance: Second moments of that: ``(p, p)``.
+        moments: Second moments of that: ``(p, p)``. At borders, each place counts as often as taps see it.
     """
 
     group: AxisGroup
@@ -67,7 +67,7 @@ class Bottleneck:
     fan_out: Tensor
     update: Tensor
     mean: Tensor
-    covariance: Tensor
+    moments: Tensor
 
     @property
     def gains(self) -> Tensor:
@@ -114,7 +114,7 @@ class Bottleneck:
     def _norm_values(self, model: nn.Module, fan_in: Tensor) -> dict[str, Tensor]:
         values = {}
         mean = fan_in @ self.mean
-        variance = ((fan_in @ self.covariance) * fan_in).sum(dim=1) - mean.square()
+        variance = ((fan_in @ self.moments) * fan_in).sum(dim=1) - mean.square()
         variance = variance.clamp(min=0)
         for axis in self.group.with_role("carried"):
             path, _, leaf = axis.tensor.rpartition(".")
@@ -231,7 +231,7 @@ def _found(
         (scale * vh).reshape(kept, weight.shape[0], *weight.shape[2:]),
         update,
         left.mean(group.name, "mean").flatten(),
-        left.mean(group.name, "covariance"),
+        gram / left.mean(group.name, "places"),
     )
 
 
@@ -264,6 +264,8 @@ def neighbours_of(model: nn.Module, group: AxisGroup) -> Neighbours | str:
     return Neighbours(producer, consumer)
 
 
+_PIECE = 2**21
+"""Entries of patches that are looked at together."""
 _ROLES: tuple[Role, Role] = ("produced", "consumed")
 Refusal = Callable[[str, str], None]
 
@@ -345,26 +347,42 @@ class _Sums:
     def _add_all(self, name: str, into: Tensor, read: Tensor, gradient: Tensor) -> None:
         producer, consumer = (self._model.get_submodule(path) for path in self._known[name])
         samples = gradient.shape[0]
-        b1 = _rows(consumer, read.double(), ones=self._with_bias and consumer.bias is not None)
-        goal = -samples * _columns(consumer, gradient.double())  # V
-        if self._steps is None:
-            self._add(name, "goal", goal.square().sum() / samples)
-            self._add(name, "S1", torch.einsum("bip,bjp->ij", b1, b1) / samples)
-            self._add(name, "M1", -torch.einsum("bip,bjp->ij", b1, goal) / samples)
-            return
-        step = self._steps[name].to(goal)
-        left = goal + torch.einsum("ij,bip->bjp", step, b1)  # V without what the step would do
-        b2 = _rows(producer, into.double(), ones=producer.bias is not None)
-        back, taps = _at_units(consumer, left, read.shape)
-        places = b2.shape[0] * b2.shape[2]
-        self._add(name, "left", left.square().sum() / samples)
-        self._add(name, "N", torch.einsum("bip,bjp->ij", b2, back) / samples)
-        self._add(name, "S2", torch.einsum("bip,bjp,p->ij", b2, b2, taps) / samples)
-        self._add(name, "mean", b2.sum(dim=(0, 2)) / places)
-        self._add(name, "covariance", torch.einsum("bip,bjp->ij", b2, b2) / places)
+        ends = producer.bias is not None, self._with_bias and consumer.bias is not None
+        for x, h, wanted in _pieces(consumer, into, read, -samples * gradient):  # V
+            b1, goal = _rows(consumer, h, ones=ends[1]), _columns(consumer, wanted)
+            if self._steps is None:
+                self._add(name, "goal", goal.double().square().sum() / samples)
+                self._add(name, "S1", _gram(b1, b1) / samples)
+                self._add(name, "M1", -_gram(b1, goal) / samples)
+                continue
+            left = goal + torch.einsum(
+                "ij,bip->bjp", self._steps[name].to(goal), b1
+            )  # V without what the step would do
+            b2 = _rows(producer, x, ones=ends[0])
+            back, taps = _at_units(consumer, left, h.shape)
+            weights = taps / (taps.sum() * len(b2))
+            self._add(name, "left", left.double().square().sum() / samples)
+            self._add(name, "N", _gram(b2, back) / samples)
+            self._add(name, "S2", _gram(b2 * taps, b2) / samples)
+            self._add(name, "mean", torch.einsum("bip,p->i", b2, weights).double() * len(x) / samples)
+            self._add(name, "places", taps.sum().double() * len(b2) / samples)
 
     def _add(self, name: str, what: str, value: Tensor) -> None:
         self._sums[name, what] = self._sums[name, what] + value if (name, what) in self._sums else value
+
+
+def _pieces(module: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Return some samples of each tensor after the other: patches of convolutions take room."""
+    tensors = tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
+    if not isinstance(module, nn.Conv2d):
+        return iter([tensors])
+    each = max(t[0].numel() for t in tensors) * module.kernel_size[0] * module.kernel_size[1]
+    return zip(*(torch.split(t, max(1, _PIECE // each)) for t in tensors), strict=True)
+
+
+def _gram(one: Tensor, other: Tensor) -> Tensor:
+    """Return sums over samples and places of products: ``(i, j)``."""
+    return torch.einsum("bip,bjp->ij", one, other).double()
 
 
 def _rows(module: nn.Module, x: Tensor, *, ones: bool) -> Tensor:

@@ -37,6 +37,8 @@ _NOTHING = 1e-3
 """A gradient below this share of what it could be is none."""
 _TINY = 1e-6
 """Length of the fan-in at which fan-in gradients are taken, relative to a usual one: they do not lose digits."""
+_SMALL = 16
+"""Forms with a side of at most this length are written out."""
 _LEVEL = 0.1
 """The bias that lifts units to where a ReLU is linear."""
 _RANK = 1e-5
@@ -257,7 +259,7 @@ class NewUnits:
         return found
 
     def leading(
-        self, num_units: Mapping[str, int], *, oversampling: int = 4, passes: int = 2
+        self, num_units: Mapping[str, int], *, oversampling: int | None = None, passes: int = 2
     ) -> dict[str, SingularPairs]:
         """Return the leading singular pairs of the forms, by a randomised block method.
 
@@ -269,7 +271,8 @@ class NewUnits:
 
         Args:
             num_units: Pairs wanted, by group name, ``>= 1``; there are fewer where the rank is lower.
-            oversampling: Vectors in a sketch above those wanted, ``>= 0``.
+            oversampling: Vectors in a sketch above those wanted, ``>= 0``; by default 4, and in groups of less than 32
+                an eighth of the units, for candidates cost as much as units do.
             passes: Passes over the objective, ``>= 2``.
 
         Returns:
@@ -279,7 +282,9 @@ class NewUnits:
         sketched: list[str] = []
         for name, wanted in num_units.items():
             space = self.spaces[name]
-            p, q, sketch = int(space.free.sum()), space.fan_out_length, wanted + oversampling
+            p, q = int(space.free.sum()), space.fan_out_length
+            more = min(4, max(1, space.group.size // 8)) if oversampling is None else oversampling
+            sketch = max(wanted + more, _SMALL if min(p, q) <= _SMALL else 0)
             if q <= min(p, sketch):
                 bases[name] = "out", torch.eye(q, dtype=torch.float64)
             elif p <= sketch:

@@ -47,7 +47,7 @@ def gradmax(
     scale_by: ScaleBy = "mean_norm",
     zero: Side = "fan_in",
     epsilon: float = 1e-4,
-    oversampling: int = 4,
+    oversampling: int | None = None,
     passes: int = 2,
 ) -> Edit:
     r"""Append units with a fan-in of zero, whose fan-out makes the gradient of the fan-in as large as it can be.
@@ -226,7 +226,7 @@ class GradMax(StructuralCallback):
         epsilon: float = 1e-4,
         together: bool = False,
         cost: Cost = "units",
-        oversampling: int = 4,
+        oversampling: int | None = None,
         passes: int = 2,
         **common: Any,
     ) -> None:
@@ -238,7 +238,7 @@ class GradMax(StructuralCallback):
             raise MisconfigurationException(f"`scale` should be above 0, found {scale!r}.")
         if not 0 <= epsilon < 1:
             raise MisconfigurationException(f"`epsilon` should be in [0, 1), found {epsilon!r}.")
-        if oversampling < 0 or passes < 2:
+        if (oversampling is not None and oversampling < 0) or passes < 2:
             raise MisconfigurationException(
                 f"`oversampling` should be at least 0 and `passes` at least 2, found {oversampling!r} and {passes!r}."
             )
