@@ -231,11 +231,11 @@ class NewUnits:
             self._seen.add(name)
             b = _unit(torch.randn(space.fan_out_length, generator=self._generator(name), dtype=torch.float64))
             probe = self._probe(name)
-            at = torch.stack([space.base, space.base, *[space.base + probe] * 2, *[space.base - probe] * 2])
-            rows[name] = at, torch.stack([b, -b, b, -b, -b, b])
+            at = torch.stack([space.base, space.base, space.base + probe, space.base - probe])
+            rows[name] = at, torch.stack([b, -b, b, -b])  # what is left of the probes' outputs is tiny
         for name, (by_in, by_out, present) in self._gradients(rows, self._first).items() if rows else ():
             space = self.spaces[name]
-            alive = float(((by_in[2] - by_in[4]) / 2 * space.free).norm())
+            alive = float(((by_in[2] - by_in[3]) / 2 * space.free).norm())
             space.slope = float((by_in[0] * space.free).norm()) / alive if alive > 0 else 1.0
             usual = float(present.norm(dim=1).max())
             space.constant = float(by_out[0].norm()) > _NOTHING**2 * usual
@@ -360,16 +360,16 @@ class NewUnits:
             for base, free in zip(bases, [part >= 0, *(part == i for i in _indices(part))], strict=True):
                 probe = torch.randn(len(part), generator=self._generator(f"{name} probe"), dtype=torch.float64)
                 offset = _TINY * space.fan_in_norm * _unit(probe * free)
-                at += [base + offset, base + offset, base - offset, base - offset]
-                out += [b, -b, -b, b]
+                at += [base + offset, base - offset]
+                out += [b, -b]
             rows[name] = torch.stack(at), torch.stack(out)
         for name, (by_in, by_out, _) in self._gradients(rows, self._first).items() if rows else ():
             self._settle_gates(name, parts[name], by_in, by_out)
 
     def _settle_gates(self, name: str, part: Tensor, by_in: Tensor, by_out: Tensor) -> None:
         indices = _indices(part)
-        slopes = (by_in[1::4] - by_in[3::4]) / 2
-        constant = ((by_out[1::4] + by_out[3::4]) / 2).norm(dim=1) / by_out[0].norm().clamp(min=1e-300)
+        slopes = (by_in[1::2] - by_in[2::2]) / 2
+        constant = ((by_out[1::2] + by_out[2::2]) / 2).norm(dim=1) / by_out[0].norm().clamp(min=1e-300)
         alone = [float(slopes[1 + i][part == index].norm()) for i, index in enumerate(indices)]
         at_zero = [float(slopes[0][part == index].norm()) for index in indices]
         enough = _NOTHING * max(alone)
