@@ -48,7 +48,7 @@ def measure(name: str, model: nn.Module, batches: list[tuple[Tensor, Tensor]], r
             model.zero_grad()
             objective.loss(model, batch).backward()
 
-    def gradmax(passes: int = 3) -> str:
+    def gradmax(passes: int = 2) -> str:
         refused: dict[str, str] = {}
         new = NewUnits(model, list(structure.groups.values()), objective, on_refusal=refused.__setitem__)
         new.look()
@@ -63,7 +63,7 @@ def measure(name: str, model: nn.Module, batches: list[tuple[Tensor, Tensor]], r
             objective.value(Overgrown(model, edits).model)
         return f"{len(found)} groups, loss {loss:.2f}"
 
-    for text, event in (("GradMax", gradmax), ("GradMax, passes=2", lambda: gradmax(2)), ("TINY", tiny)):
+    for text, event in (("GradMax", gradmax), ("GradMax, passes=3", lambda: gradmax(3)), ("TINY", tiny)):
         report(text, ordinary, event, repeats)
     model.zero_grad()
     standing = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
