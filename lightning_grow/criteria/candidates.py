@@ -22,16 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_grow.criteria.lift import Lift, difference
 from lightning_grow.criteria.objective import MeasurementError, Objective
 from lightning_grow.criteria.overgrown import Overgrown, apart
 from lightning_grow.criteria.units import UnitVectors
 from lightning_grow.structure.axes import AxisGroup, Role
 from lightning_grow.structure.errors import StructureError
-from lightning_grow.structure.layout import entry_index, entry_share
 from lightning_grow.surgery.edit import Edit
-
-_ROUND_OFF = 64
-"""Twins whose gradients differ by less than so many times the machine precision have no curvature that can be seen."""
 
 
 def searchable(model: nn.Module, groups: Sequence[AxisGroup]) -> list[AxisGroup]:
@@ -61,8 +58,8 @@ class _State:
     radii: Tensor  # (size,), the amplitudes of the splits
     amplitude: float  # of the new units' fan-out
     scale: float  # length of a usual fan-in vector
-    fan_in_lift: _Lift
-    fan_out_lift: _Lift
+    fan_in_lift: Lift
+    fan_out_lift: Lift
     v: Tensor  # (size, p), unit rows; (0, p) without splits
     n: Tensor  # (num_new, p), relative to `scale`
     o: Tensor  # (num_new, r), unit rows
@@ -277,8 +274,8 @@ class Candidates:
             radii=radius * torch.where(norms > 0, norms, norms.new_ones(())),
             amplitude=radius * (float(fan_out.norm(dim=1).mean()) or 1.0),
             scale=scale,
-            fan_in_lift=_Lift(produced, edit),
-            fan_out_lift=_Lift(consumed, edit),
+            fan_in_lift=Lift(produced, edit),
+            fan_out_lift=Lift(consumed, edit),
             v=_unit(
                 torch.randn(group.size if self._splits else 0, p, dtype=torch.float64, generator=generator).to(theta)
             ),
@@ -308,67 +305,14 @@ class Candidates:
                 copy.write_(s.group.name, "consumed", columns)
 
 
-class _Lift:
-    """Between vectors of the model and those of its over-grown copy, which differ where units read their own group.
-
-    In a recurrent layer a row has one column for each unit that it reads: in the copy there are those of the twins,
-    which share the weight, and those of new units, which nothing reads yet.
-    """
-
-    def __init__(self, vectors: UnitVectors, edit: Edit) -> None:
-        self.length = vectors.length
-        name = edit.group.name
-        index, share = {name: torch.tensor(edit.index)}, {name: torch.tensor(edit.share, dtype=torch.float64)}
-        sources, shares, start, changed = [], [], 0, False
-        for axis, length in zip(vectors.axes, vectors.lengths, strict=True):
-            rest = [n for dim, n in enumerate(vectors.shapes[axis.label]) if dim != axis.dim]
-            source = torch.arange(start, start + length).reshape(-1, *rest).movedim(0, axis.dim)
-            part = torch.ones((), dtype=torch.float64)
-            for other in edit.group.axes:
-                if other.tensor == axis.tensor and other.dim != axis.dim:
-                    changed = True
-                    entries = entry_index(other.layout, vectors.sizes, index)
-                    factor = (entries >= 0).double()
-                    if other.role == "consumed":
-                        factor *= entry_share(other.layout, vectors.sizes, share)
-                    source = source.index_select(other.dim, entries.clamp(min=0))
-                    part = part * factor.reshape([-1 if dim == other.dim else 1 for dim in range(source.ndim)])
-            sources.append(source.movedim(axis.dim, 0).reshape(-1))
-            shares.append(part.expand(source.shape).movedim(axis.dim, 0).reshape(-1))
-            start += length
-        self._map = (torch.cat(sources), torch.cat(shares)) if changed else None
-
-    def up(self, vectors: Tensor) -> Tensor:
-        """Return vectors as they are in the copy."""
-        if self._map is None:
-            return vectors
-        source, share = self._map
-        return vectors[:, source.to(vectors.device)] * share.to(vectors)
-
-    def down(self, gradients: Tensor) -> Tensor:
-        """Return gradients in the copy as gradients of the vectors: the transpose of `up`."""
-        if self._map is None:
-            return gradients
-        source, share = self._map
-        lowered = gradients.new_zeros(len(gradients), self.length)
-        return lowered.index_add_(1, source.to(gradients.device), gradients * share.to(gradients))
-
-
 def _towards(state: _State, gradients: Mapping[tuple[str, Role], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of the loss with respect to directions, new fan-in and new fan-out, with all amplitudes 1."""
     num_new, size = len(state.n), state.group.size
     rows = state.fan_in_lift.down(gradients[state.group.name, "produced"])
     columns = state.fan_out_lift.down(gradients[state.group.name, "consumed"])
     first = len(rows) - num_new
-    along_v = state.radii[:, None] * _difference(rows[:size], rows[size:first]) if len(state.v) else state.v
+    along_v = state.radii[:, None] * difference(rows[:size], rows[size:first]) if len(state.v) else state.v
     return along_v, state.scale * rows[first:], state.amplitude * columns[first:]
-
-
-def _difference(one: Tensor, other: Tensor) -> Tensor:
-    """Return the difference of two gradients of the same units; 0 where it is nothing but round-off."""
-    difference = one - other
-    least = _ROUND_OFF * torch.finfo(one.dtype).eps * (one.norm(dim=1) + other.norm(dim=1))
-    return difference.mul((difference.norm(dim=1) > least)[:, None])
 
 
 def _give_gradients(state: _State, gradients: Mapping[tuple[str, Role], Tensor], penalty: float) -> None:

@@ -20,16 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_grow.criteria.lift import Lift, difference
 from lightning_grow.criteria.objective import MeasurementError, Objective
 from lightning_grow.criteria.overgrown import Overgrown, apart
 from lightning_grow.criteria.units import UnitVectors
 from lightning_grow.structure.axes import AxisGroup
 from lightning_grow.structure.errors import StructureError
-from lightning_grow.structure.layout import entry_index, entry_share
 from lightning_grow.surgery.edit import Edit
-
-_ROUND_OFF = 64
-"""Twins whose gradients differ by less than so many times the machine precision have no curvature that can be seen."""
 
 
 class Offspring(NamedTuple):
@@ -111,7 +108,7 @@ class Splits:
         self.objective = objective
         self._copies: list[tuple[list[AxisGroup], Overgrown]] = []
         self._fan_in: dict[str, Tensor] = {}
-        self._own_inputs: dict[str, tuple[Tensor, Tensor] | None] = {}
+        self._lifts: dict[str, Lift] = {}
         self.radii: dict[str, Tensor] = {}
         named = dict(model.named_parameters())
         for group in groups:
@@ -121,7 +118,7 @@ class Splits:
             if not vectors.axes:
                 raise MeasurementError(f"The fan-in of '{group.name}' is frozen: no gradient says how to split it.")
             self._fan_in[group.name] = vectors.of(named)
-            self._own_inputs[group.name] = _own_inputs(vectors)
+            self._lifts[group.name] = Lift(vectors, _doubled(group))
             norms = self._fan_in[group.name].norm(dim=1)
             self.radii[group.name] = radius * torch.where(norms > 0, norms, norms.new_ones(()))
         self._model = model
@@ -165,25 +162,12 @@ class Splits:
                 if group.name in vectors:
                     offset = vectors[group.name].to(fan_in) * self.radii[group.name][:, None]
                 both = torch.cat([fan_in + offset, fan_in - offset])
-                twins.write_(group.name, "produced", self._lifted(group.name, both))
+                twins.write_(group.name, "produced", self._lifts[group.name].up(both))
             _, gradients = twins.gradients(objective, roles=("produced",))
             for group in chosen:
-                gradient = self._lowered(group.name, gradients[group.name, "produced"])
-                found[group.name] = _difference(*gradient.chunk(2)) / self.radii[group.name][:, None]
+                gradient = self._lifts[group.name].down(gradients[group.name, "produced"])
+                found[group.name] = difference(*gradient.chunk(2)) / self.radii[group.name][:, None]
         return found
-
-    def _lifted(self, group: str, vectors: Tensor) -> Tensor:
-        """Return vectors as they are among the twins: a unit that reads its own group reads half of each twin."""
-        own = self._own_inputs[group]
-        return vectors if own is None else vectors[:, own[0].to(vectors.device)] * own[1].to(vectors)
-
-    def _lowered(self, group: str, gradients: Tensor) -> Tensor:
-        """Return gradients among the twins as gradients of the vectors: the transpose of `_lifted`."""
-        own = self._own_inputs[group]
-        if own is None:
-            return gradients
-        lowered = gradients.new_zeros(len(gradients), self.length(group))
-        return lowered.index_add_(1, own[0].to(gradients.device), gradients * own[1].to(gradients))
 
     def _twins(self, lot: list[AxisGroup]) -> Overgrown:
         for members, copy in self._copies:
@@ -196,36 +180,3 @@ class Splits:
 
 def _doubled(group: AxisGroup) -> Edit:
     return Edit(group, (*range(group.size),) * 2, (0.5,) * (2 * group.size))
-
-
-def _difference(one: Tensor, other: Tensor) -> Tensor:
-    """Return the difference of two gradients of the same units, without what is round-off."""
-    difference = one - other
-    least = _ROUND_OFF * torch.finfo(one.dtype).eps * (one.norm(dim=1) + other.norm(dim=1))
-    seen: Tensor = difference.norm(dim=1) > least
-    return difference * seen[:, None]
-
-
-def _own_inputs(vectors: UnitVectors) -> tuple[Tensor, Tensor] | None:
-    """Return where the entries of vectors come from when every unit is doubled, and how much of them; None: as before.
-
-    They change for units that read their own group, as in recurrent layers: each twin reads half of each twin.
-    """
-    group, sizes = vectors.group, vectors.sizes
-    twice, half = torch.arange(group.size).repeat(2), torch.full((2 * group.size,), 0.5, dtype=torch.float64)
-    sources, shares, start, changed = [], [], 0, False
-    for axis, length in zip(vectors.axes, vectors.lengths, strict=True):
-        rest = [n for dim, n in enumerate(vectors.shapes[axis.label]) if dim != axis.dim]
-        source = torch.arange(length).reshape(-1, *rest).movedim(0, axis.dim)
-        share = torch.ones((), dtype=torch.float64)
-        for other in group.axes:
-            if other.tensor == axis.tensor and other.dim != axis.dim:
-                changed = True
-                source = source.index_select(other.dim, entry_index(other.layout, sizes, {group.name: twice}))
-                if other.role == "consumed":
-                    part = entry_share(other.layout, sizes, {group.name: half})
-                    share = share * part.reshape([-1 if dim == other.dim else 1 for dim in range(source.ndim)])
-        sources.append(start + source.movedim(axis.dim, 0).reshape(-1))
-        shares.append(share.expand(source.shape).movedim(axis.dim, 0).reshape(-1))
-        start += length
-    return (torch.cat(sources), torch.cat(shares)) if changed else None

@@ -1,6 +1,6 @@
 """Time and memory of one product with all splitting matrices against an ordinary forward and backward pass.
 
-Run ``python tests/benchmarks/bench_criteria.py``: a small residual CNN and a small transformer, both measured in one
+Run ``python -m tests.benchmarks.bench_criteria``: a small residual CNN and a small transformer, both measured in one
 process, in turns. One product answers for every unit of every group; groups that share a tensor go in different lots,
 and each lot takes a pass of its own. The ratio of time shall be at most 3 and that of memory at most 2.
 """

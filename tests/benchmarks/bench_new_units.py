@@ -1,6 +1,6 @@
 """Time and memory of the measurements of GradMax and TINY against ordinary forward and backward passes.
 
-Run ``python tests/benchmarks/bench_new_units.py``: the models of ``bench_criteria.py``, eight batches, a tenth more
+Run ``python -m tests.benchmarks.bench_new_units``: the models of ``bench_criteria.py``, eight batches, a tenth more
 units in every group that can have them; in units of one ordinary pass for each of the batches.
 """
 
@@ -14,12 +14,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from bench_criteria import peak, seconds, transformer
 from torch import Tensor, nn
 
 from lightning_grow.criteria import NewUnits, Objective, Overgrown, bottlenecks
 from lightning_grow.examples import ImageClassifier
 from lightning_grow.structure import trace
+from tests.benchmarks.bench_criteria import peak, seconds, transformer
 
 
 def main() -> None:

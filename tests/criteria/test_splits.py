@@ -22,7 +22,7 @@ from lightning_grow.criteria import (
     rayleigh,
     splitting_matrices,
 )
-from lightning_grow.criteria.splits import _difference
+from lightning_grow.criteria.lift import difference
 from lightning_grow.structure import StructureError, trace
 from lightning_grow.surgery import apply_
 from tests.zoo import THIRD_PARTY, ZOO
@@ -180,8 +180,8 @@ def test_round_off_is_no_curvature():
     """Twins of a linear unit whose gradients are summed in another order differ in the last digit, no more."""
     gradient = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     other = gradient * (1 + torch.tensor([[2e-7], [1e-3], [0.0]]))
-    difference = _difference(gradient, other)
-    assert [bool(row.any()) for row in difference] == [False, True, False]
+    left = difference(gradient, other)
+    assert [bool(row.any()) for row in left] == [False, True, False]
 
 
 def test_a_kink_within_reach_has_curvature():

@@ -27,7 +27,7 @@ def environment(**extra: str) -> dict[str, str]:
     )
 
 
-def run_ranks(script: str, ranks: int, *arguments: object, timeout: float = 240) -> list[str]:
+def run_ranks(script: str, ranks: int, *arguments: object, timeout: float = 600) -> list[str]:
     """Run one process for each rank, as ``torchrun`` would, and return what each wrote; fail if one of them does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
