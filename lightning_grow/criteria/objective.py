@@ -111,9 +111,13 @@ def measuring(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Run a model in eval mode with random draws of its own; modes and random state are put back."""
     modes = {module: module.training for module in model.modules()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    recurrent = any(isinstance(module, nn.RNNBase) for module in modes)
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+            if recurrent and device.type == "cuda":  # cuDNN has no gradient of recurrent layers in eval mode
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             torch.manual_seed(seed)
             yield
     finally:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_grow.criteria.objective import Objective
+from lightning_grow.criteria.objective import MeasurementError, Objective
 from lightning_grow.criteria.units import UnitVectors, sizes_of
 from lightning_grow.structure.axes import AxisGroup, Role, tensor_of
 from lightning_grow.structure.layout import entry_share
@@ -28,6 +28,9 @@ class Overgrown:
     Args:
         model: The model; it is copied, and not changed.
         edits: What the copy has more of. Parameters that the edits touch are trained in the copy.
+
+    Raises:
+        MeasurementError: If the model cannot be copied.
 
     Attributes:
         model: The copy.
@@ -44,7 +47,7 @@ class Overgrown:
 
     def __init__(self, model: nn.Module, edits: Iterable[Edit]) -> None:
         edits = list(edits)
-        self.model = copy.deepcopy(model)
+        self.model = _copied(model)
         apply_on_trial_(self.model, edits)
         self._vectors: dict[tuple[str, Role], UnitVectors] = {}
         self._groups: dict[str, AxisGroup] = {}
@@ -92,6 +95,13 @@ class Overgrown:
         names = [name for vectors in wanted.values() for name in vectors.parameters]
         loss, gradients = objective.gradients(self.model, names)
         return loss, {key: vectors.of(gradients) for key, vectors in wanted.items()}
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # the module's own attributes: anything can happen
+        raise MeasurementError(f"{type(model).__name__} cannot be copied to try candidates in it: {error}") from error
 
 
 def _resized(edit: Edit) -> AxisGroup:

@@ -165,8 +165,13 @@ def objective_of(trainer: pl.Trainer, batches: Sequence[tuple[Any, int]]) -> Obj
 
     def loss(model: nn.Module, batch: tuple[Any, int]) -> Tensor:
         assert isinstance(model, pl.LightningModule)
-        with _quiet(trainer, model), _eagerly(), trainer.precision_plugin.train_step_context():
-            returned, backward = _Step(model)(*_step_arguments(model, *batch))
+        try:
+            with _quiet(trainer, model), _eagerly(), trainer.precision_plugin.train_step_context():
+                returned, backward = _Step(model)(*_step_arguments(model, *batch))
+        except MeasurementError:
+            raise
+        except Exception as error:  # the user's own step, on a copy: anything can happen
+            raise MeasurementError(f"a training step fails on a copy of the model: {error}") from error
         return _scalar_loss(model, returned, backward)
 
     def reduce(tensor: Tensor) -> Tensor:

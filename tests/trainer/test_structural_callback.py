@@ -13,12 +13,12 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_grow.criteria import GradientSums, sum_over_units
+from lightning_grow.criteria import GradientSums, Overgrown, sum_over_units
 from lightning_grow.growth import Net2Net
 from lightning_grow.pruning import MagnitudePruning
 from lightning_grow.structure import StructureError
 from lightning_grow.structure.axes import tensor_of
-from lightning_grow.surgery import prune
+from lightning_grow.surgery import prune, widen
 from lightning_grow.trainer import Proposal, StructuralCallback
 from tests.trainer.models import Perceptron, Residual, build, loader, trainer
 
@@ -636,3 +636,52 @@ def test_two_instances_have_two_state_keys():
     assert Net2Net(every_n_steps=2).state_key != Net2Net(every_n_steps=3).state_key
     assert Net2Net(groups=["a"]).state_key != Net2Net(groups=["b"]).state_key
     assert Net2Net(groups=["a"]).state_dict()
+
+
+# -- methods that measure ------------------------------------------------------------------------------------------
+
+
+class Measuring(StructuralCallback):
+    """Widens everything by one unit, after it has looked at the loss of a copy."""
+
+    measures = True
+    window_batches = 2
+
+    def propose(self, occasion):
+        self.loss = occasion.measured.value(Overgrown(occasion.model, []).model)
+        return [Proposal(widen(group, 1)) for group in occasion.groups if group.obstacle is None]
+
+
+class Stubborn(Perceptron):
+    """Its steps go wrong on copies, in one way or another, for as long as it is told."""
+
+    how, until = "nan", 8
+
+    def training_step(self, batch, batch_idx):
+        if self is not self.trainer.lightning_module and 0 < self.trainer.global_step < self.until:
+            if self.how == "raises":
+                raise KeyError("no copies, please")
+            return None if self.how == "nothing" else super().training_step(batch, batch_idx) * float("nan")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"), [("nan", "not finite"), ("raises", "no copies, please"), ("nothing", "returned no loss")]
+)
+def test_an_event_whose_loss_cannot_be_measured_is_called_off_and_training_goes_on(tmp_path, caplog, how, why):
+    callback, module = Measuring(every_n_steps=4), build(Stubborn)
+    module.example_input_array = torch.zeros(2, 4)
+    module.how = how
+    fit(tmp_path, callback, module=module)
+    assert steps_of(callback)[0] > 8
+    assert "Measuring changes nothing this time: " in caplog.text
+    assert why in caplog.text
+
+
+def test_a_method_that_measures_sees_the_batches_since_the_trigger_and_leaves_no_trace(tmp_path):
+    """The copy's loss is that of ordinary steps; the module's own count of steps does not move."""
+    callback, module = Measuring(at_steps=[4]), build(Perceptron)
+    fit(tmp_path, callback, module=module, max_epochs=1)
+    assert steps_of(callback) == [6]
+    assert module.steps_run == 6
+    assert 0 < callback.loss < 2
