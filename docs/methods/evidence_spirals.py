@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_grow as lg
-from lightning_grow.criteria import Objective, Splits
+from lightning_grow.criteria import GaussNewtonModel, Objective, Splits
 from lightning_grow.criteria.curvature import lanczos
 from lightning_grow.criteria.likelihood import Labels
 from lightning_grow.criteria.overgrown import Overgrown
 from lightning_grow.growth.gauss_newton import (
-    GaussNewtonModel,
     gauss_newton_splits,
     split_edit,
 )

@@ -6,7 +6,9 @@ from lightning_grow.criteria.magnitude import magnitude
 from lightning_grow.criteria.new_units import NewUnits, SingularPairs
 from lightning_grow.criteria.objective import MeasurementError, Objective
 from lightning_grow.criteria.overgrown import Overgrown, apart
+from lightning_grow.criteria.second_order import GaussNewtonModel
 from lightning_grow.criteria.selection import best_units
+from lightning_grow.criteria.significance import significance
 from lightning_grow.criteria.splits import Offspring, Splits, can_split, offspring_edit
 from lightning_grow.criteria.statistics import GradientSums, Statistic
 from lightning_grow.criteria.units import UnitVectors, sizes_of, sum_over_units
@@ -15,6 +17,7 @@ __all__ = [
     "Bottleneck",
     "Extremes",
     "Form",
+    "GaussNewtonModel",
     "GradientSums",
     "MeasurementError",
     "NewUnits",
@@ -35,6 +38,7 @@ __all__ = [
     "magnitude",
     "offspring_edit",
     "rayleigh",
+    "significance",
     "sizes_of",
     "splitting_matrices",
     "sum_over_units",

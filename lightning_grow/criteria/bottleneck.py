@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_grow.criteria.new_units import refusal, transparent_values
 from lightning_grow.criteria.objective import Objective
 from lightning_grow.criteria.overgrown import Overgrown
+from lightning_grow.criteria.transparent import refusal, transparent_values
 from lightning_grow.structure.axes import AxisGroup, Role, tensor_of
 from lightning_grow.structure.errors import StructureError
 from lightning_grow.surgery.edit import Edit, widen

@@ -78,6 +78,19 @@ def check_form(form: str) -> None:
         raise ValueError(f"Expected `form` to be one of {', '.join(get_args(Form))}, found {form!r}.")
 
 
+def check_search(form: str, radius: float, steps: int) -> None:
+    """Refuse arguments of a search for splits that are out of range.
+
+    Raises:
+        ValueError: If one is.
+    """
+    check_form(form)
+    if not radius > 0:
+        raise ValueError(f"`radius` should be above 0, found {radius!r}.")
+    if steps < 1:
+        raise ValueError(f"`steps` should be at least 1, found {steps!r}.")
+
+
 def fits_in_memory(model: nn.Module, group: AxisGroup, max_bytes: int = MOST_BYTES) -> bool:
     """Return whether the splitting matrices of a group, in float64, take no more than so much."""
     return _bytes(group.size, UnitVectors(model, group, "produced").length) <= max_bytes

@@ -57,13 +57,31 @@ class Objective:
         """Return the same loss on other batches: on one of them, say."""
         return Objective(self.loss, batches, self.reduce, self.seed)
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Let what one process measures by itself fail in all of them, so that none waits for another's sums.
+
+        Raises:
+            MeasurementError: If the body raises one, in this process or in another.
+        """
+        failure = None
+        try:
+            yield
+        except MeasurementError as error:
+            failure = error
+        failed = bool(self.reduce(torch.tensor(float(failure is not None))) > 0)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise MeasurementError("Another process could not measure the loss; its log says why.")
+
     def value(self, model: nn.Module) -> float:
         """Return the mean loss.
 
         Raises:
             MeasurementError: If it is not finite, or there is no batch.
         """
-        with torch.no_grad(), measuring(model, self.seed):
+        with self.together(), torch.no_grad(), measuring(model, self.seed):
             losses = [self.loss(model, batch).detach() for batch in self.batches]
         return float(self._mean([_total(losses)])[0])
 
@@ -82,7 +100,7 @@ class Objective:
         chosen = [named[name] for name in names]
         losses: list[Tensor] = []
         sums: list[Tensor] = [_wide_zeros(parameter) for parameter in chosen]
-        with torch.enable_grad(), measuring(model, self.seed):
+        with self.together(), torch.enable_grad(), measuring(model, self.seed):
             for batch in self.batches:
                 loss = self.loss(model, batch)
                 losses.append(loss.detach())
@@ -96,12 +114,12 @@ class Objective:
         return float(loss), dict(zip(names, means, strict=True))
 
     def _mean(self, sums: Sequence[Tensor]) -> list[Tensor]:
-        """Return sums over batches as means over the batches of all processes, in one reduction for each dtype."""
+        """Return sums over batches as means over the batches of all processes."""
         if not self.batches:
             raise MeasurementError("There is no batch to measure the loss on.")
         count = self.reduce(torch.tensor(float(len(self.batches)), dtype=torch.float64, device=sums[0].device))
         means = [self.reduce(tensor) / float(count) for tensor in sums]
-        if not all(bool(torch.isfinite(mean).all()) for mean in means):
+        if not bool(torch.stack([torch.isfinite(mean).all() for mean in means]).all()):  # the device is asked once
             raise MeasurementError("The loss, or its gradient, is not finite on the batches that were observed.")
         return means
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_grow.criteria.objective import MeasurementError, Objective, measuring
 from lightning_grow.criteria.units import sizes_of
 from lightning_grow.structure.axes import Axis, AxisGroup
-from lightning_grow.structure.layout import entry_share
+from lightning_grow.structure.layout import unit_entries
 
 _LAST, _SECOND = -1, 1
 # Where a function has its input and its weight, and along which dimension of the input the weight's units lie.
@@ -26,6 +26,8 @@ _READERS: Mapping[Any, tuple[int, int, int]] = {
     **dict.fromkeys((torch.mm, torch.matmul, Tensor.mm, Tensor.matmul, Tensor.__matmul__), (0, 1, _LAST)),
 }
 _TOLERANCE = 1e-2
+UNSEEN = "something other than linear layers and convolutions reads their units"
+"""Why some groups cannot be judged sample by sample; see `Readers.unseen`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +116,8 @@ class Readers:
             sizes = sizes_of(model, group)
             for axis in group.with_role("consumed"):
                 if axis.tensor in named:
-                    self._axes.setdefault(axis.tensor, []).append((group.name, axis, unit_entries(group, axis, sizes)))
+                    entries = unit_entries(axis.layout, sizes, group.name)
+                    self._axes.setdefault(axis.tensor, []).append((group.name, axis, entries))
         self.weights = tuple(self._axes)
 
     def by_unit(self, reads: Sequence[Read], tensors: Sequence[Tensor]) -> dict[str, list[Tensor]]:
@@ -147,10 +150,11 @@ class Readers:
             raise MeasurementError("There is no batch to measure the loss on.")
         named = dict(model.named_parameters())
         weights = [named[name] for name in self.weights]
-        with torch.enable_grad(), measuring(model, objective.seed), Reads(model, self.weights) as reading:
-            loss = objective.loss(model, objective.batches[0])
-        reads = reading.reads
-        gradients = gradients_of(loss, [*(read.source for read in reads), *weights])
+        with objective.together(), torch.enable_grad(), measuring(model, objective.seed):
+            with Reads(model, self.weights) as reading:
+                loss = objective.loss(model, objective.batches[0])
+            reads = reading.reads
+            gradients = gradients_of(loss, [*(read.source for read in reads), *weights])
         of_weights = dict(zip(self.weights, gradients[len(reads) :], strict=True))
         missing = set(self.groups) - {name for axes in self._axes.values() for name, *_ in axes}
         for group in self.groups.values():
@@ -171,14 +175,6 @@ class Readers:
                 if error > _TOLERANCE**2 * size:
                     missing.add(owner)
         return [name for name in self.groups if name in missing]
-
-
-def unit_entries(group: AxisGroup, axis: Axis, sizes: Mapping[str, int]) -> Tensor:
-    """Return the entries of each unit along an axis, in order: int64 ``(size, entries of a unit)``."""
-    position = torch.arange(group.size, dtype=torch.float64) + 2  # from 2: the other blocks of the axis read 1
-    owner = entry_share(axis.layout, {**sizes, group.name: group.size}, {group.name: position}).long() - 2
-    mine = torch.nonzero(owner >= 0).flatten()
-    return mine[owner[mine].argsort(stable=True)].reshape(group.size, -1)
 
 
 def gradients_of(output: Tensor, inputs: Sequence[Tensor], *, retain: bool = False) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grow.structure.axes import Axis, AxisGroup, Role, layout_length, layout_units, tensor_of
-from lightning_grow.structure.layout import entry_share
+from lightning_grow.structure.layout import entry_owner, unit_entries
 
 
 def sum_over_units(values: Tensor, group: AxisGroup, axis: Axis, sizes: Mapping[str, int]) -> Tensor:
@@ -23,11 +23,9 @@ def sum_over_units(values: Tensor, group: AxisGroup, axis: Axis, sizes: Mapping[
     Returns:
         float64 ``(group.size,)``.
     """
-    size = sizes[group.name]
-    position = torch.arange(size, dtype=torch.float64) + 2  # from 2: the other blocks of the axis read 1
-    owner = entry_share(axis.layout, sizes, {group.name: position}).long() - 2
+    owner = entry_owner(axis.layout, sizes, group.name)
     entries = values.detach().to("cpu", torch.float64).movedim(axis.dim, 0).reshape(len(owner), -1).sum(dim=1)
-    return torch.zeros(size, dtype=torch.float64).index_add_(0, owner[owner >= 0], entries[owner >= 0])
+    return torch.zeros(sizes[group.name], dtype=torch.float64).index_add_(0, owner[owner >= 0], entries[owner >= 0])
 
 
 def sizes_of(model: nn.Module, group: AxisGroup) -> dict[str, int]:
@@ -74,7 +72,7 @@ class UnitVectors:
             if axis.tensor in named and (named[axis.tensor].requires_grad or not trained)
         )
         self.shapes = {axis.label: tuple(named[axis.tensor].shape) for axis in self.axes}
-        self._entries = {axis.label: self._entries_of(axis, self.sizes) for axis in self.axes}
+        self._entries = {axis.label: unit_entries(axis.layout, self.sizes, group.name) for axis in self.axes}
         self.lengths = [
             self._entries[a.label].shape[1] * (named[a.tensor].numel() // named[a.tensor].shape[a.dim])
             for a in self.axes
@@ -118,18 +116,10 @@ class UnitVectors:
         units = new or len(vectors)
         for axis, part in zip(self.axes, torch.split(vectors, self.lengths, dim=1), strict=True):
             sizes = {**self.sizes, self.group.name: units}
-            entries = self._entries_of(axis, sizes).reshape(-1)
+            entries = unit_entries(axis.layout, sizes, self.group.name).reshape(-1)
             shape = list(self.shapes[axis.label])
             rest = shape[: axis.dim] + shape[axis.dim + 1 :]
             rows = vectors.new_zeros([layout_length(axis.layout, sizes), *rest])
             rows[entries] = part.reshape(len(entries), *rest)
             found[axis.label] = (rows[entries.sort().values] if new else rows).movedim(0, axis.dim)
         return found
-
-    def _entries_of(self, axis: Axis, sizes: Mapping[str, int]) -> Tensor:
-        """Return the entries of each unit along an axis, in order: int64 ``(size, entries of a unit)``."""
-        size = sizes[self.group.name]
-        position = torch.arange(size, dtype=torch.float64) + 2
-        owner = entry_share(axis.layout, sizes, {self.group.name: position}).long() - 2
-        mine = torch.nonzero(owner >= 0).flatten()
-        return mine[owner[mine].argsort(stable=True)].reshape(size, -1)

@@ -2,11 +2,11 @@
 
 from lightning_grow.growth.firefly import Firefly, firefly
 from lightning_grow.growth.firefly_continual import FireflyContinual, locked_entries, task_network
-from lightning_grow.growth.gauss_newton import GaussNewton, GaussNewtonModel, gauss_newton, gauss_newton_splits
+from lightning_grow.growth.gauss_newton import GaussNewton, gauss_newton, gauss_newton_splits
 from lightning_grow.growth.gradmax import GradMax, gradmax
 from lightning_grow.growth.kernel_growth import KernelGrowth, larger_kernels
 from lightning_grow.growth.net2net import Net2Net, net2deeper, net2wider, with_noise
-from lightning_grow.growth.noisy_heuristics import NoisyHeuristics, random_units, significance, unfit_units
+from lightning_grow.growth.noisy_heuristics import NoisyHeuristics, random_units, unfit_units
 from lightning_grow.growth.random_growth import RandomGrowth, random_new_units, random_splits
 from lightning_grow.growth.signed_splitting import SignedSplitting, signed_scheme, signed_splits
 from lightning_grow.growth.splitting import SplittingSteepestDescent, split_gains, steepest_splits
@@ -16,7 +16,6 @@ __all__ = [
     "Firefly",
     "FireflyContinual",
     "GaussNewton",
-    "GaussNewtonModel",
     "GradMax",
     "KernelGrowth",
     "Net2Net",
@@ -38,7 +37,6 @@ __all__ = [
     "random_units",
     "signed_scheme",
     "signed_splits",
-    "significance",
     "split_gains",
     "steepest_splits",
     "task_network",

@@ -20,7 +20,7 @@ from lightning_grow.criteria.selection import best_units
 from lightning_grow.structure.axes import AxisGroup
 from lightning_grow.surgery.edit import Edit
 from lightning_grow.trainer.occasion import Occasion
-from lightning_grow.trainer.proposal import Proposal
+from lightning_grow.trainer.proposal import Proposal, in_all
 from lightning_grow.trainer.structural_callback import StructuralCallback
 from lightning_grow.trainer.unit_costs import Cost, check_cost, unit_costs
 
@@ -220,12 +220,11 @@ class Firefly(StructuralCallback):
         groups = searchable(occasion.model, occasion.groups)
         if not groups:
             return []
-        total = sum(group.size for group in groups)
         grown = firefly(
             occasion.model,
             groups,
             occasion.measured,
-            self.num_units or max(1, round((self.fraction or 0.1) * total)),
+            in_all(groups, self.num_units, self.fraction, default=0.1),
             occasion.generator(type(self).__name__),
             share_new=self.share_new,
             one_list=self.one_list,
@@ -234,6 +233,6 @@ class Firefly(StructuralCallback):
             steps=self.search_steps,
             lr=self.search_lr,
             points=self.points,
-            costs=None if self.cost == "units" else unit_costs(occasion, self.cost),
+            costs=unit_costs(occasion, self.cost, groups),
         )
         return [Proposal(edit, gain) for edit, gain in sorted(grown, key=lambda pair: -pair[1])]

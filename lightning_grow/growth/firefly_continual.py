@@ -26,7 +26,7 @@ from lightning_grow.structure.layout import entry_share
 from lightning_grow.surgery.apply import apply_
 from lightning_grow.surgery.edit import prune
 from lightning_grow.trainer.occasion import Occasion
-from lightning_grow.trainer.proposal import Proposal
+from lightning_grow.trainer.proposal import Proposal, in_all
 from lightning_grow.trainer.structural_callback import StructuralCallback
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -176,6 +176,7 @@ class FireflyContinual(StructuralCallback):
         self.points = points
         self.window_batches = window_batches
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
+        self._masks: tuple[tuple[int, int], dict[str, Tensor]] | None = None
 
     # -- tasks -----------------------------------------------------------------------------------------------------
 
@@ -213,6 +214,11 @@ class FireflyContinual(StructuralCallback):
     # -- while training --------------------------------------------------------------------------------------------
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._masks = None
+
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -247,7 +253,7 @@ class FireflyContinual(StructuralCallback):
         groups = searchable(occasion.model, occasion.groups)
         if not groups:
             return []
-        num_units = self.num_units or max(1, round((self.fraction or 0.1) * sum(group.size for group in groups)))
+        num_units = in_all(groups, self.num_units, self.fraction, default=0.1)
         generator = occasion.generator(type(self).__name__)
         num_new = self.num_candidates or max(16, *(group.size for group in groups))
         candidates = Candidates(
@@ -268,7 +274,16 @@ class FireflyContinual(StructuralCallback):
         ]
 
     def _locked(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-        """Return what all earlier tasks together use: the largest of them, since each task has all units before it."""
+        """Return what all earlier tasks together use: the largest of them, since each task has all units before it.
+
+        It is worked out again when the model or the tasks have changed, not for each batch.
+        """
+        state = len(self.record), len(self.tasks)
+        if self._masks is None or self._masks[0] != state:
+            self._masks = state, self._found_locked(pl_module)
+        return self._masks[1]
+
+    def _found_locked(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         structure = self._known(pl_module)
         sizes: dict[str, int] = {}
         for of_task in self.tasks.values():

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -24,7 +23,7 @@ from lightning_grow.structure.axes import AxisGroup
 from lightning_grow.structure.errors import StructureError
 from lightning_grow.surgery.edit import Edit
 from lightning_grow.trainer.occasion import Occasion
-from lightning_grow.trainer.proposal import Proposal, rounded
+from lightning_grow.trainer.proposal import Proposal, in_all, rounded
 from lightning_grow.trainer.structural_callback import StructuralCallback
 from lightning_grow.trainer.unit_costs import Cost, check_cost, unit_costs
 
@@ -248,7 +247,6 @@ class GradMax(StructuralCallback):
         self.cost: Cost = cost
         self.oversampling = oversampling
         self.passes = passes
-        self._said: set[str] = set()
 
     @override
     def propose(self, occasion: Occasion) -> Sequence[Proposal]:
@@ -259,12 +257,12 @@ class GradMax(StructuralCallback):
         fraction = 0.25 if self.num_units is None and self.fraction is None else self.fraction
         wanted = {name: rounded(group, self.num_units, fraction) for name, group in groups.items()}
         if self.together:
-            total = self.num_units or max(1, round((fraction or 0.0) * sum(g.size for g in groups.values())))
+            total = in_all(list(groups.values()), self.num_units, fraction, default=0.25)
             wanted = {name: rounded(group, min(total, group.size), None) for name, group in groups.items()}
         pairs = new.leading(wanted, oversampling=self.oversampling, passes=self.passes)
         if self.together:
             gains = {n: (groups[n], (_length(new, n, self._kind) * pairs[n].values).square()) for n in groups}
-            costs = unit_costs(occasion, self.cost)
+            costs = unit_costs(occasion, self.cost, list(groups.values()))
             wanted = {n: len(chosen) for n, chosen in best_units(gains, total, costs=costs).items()}
         proposals = []
         for name, num_units in wanted.items():
@@ -284,9 +282,7 @@ class GradMax(StructuralCallback):
                 why[name] = reason
                 del new.spaces[name]
         for name, reason in why.items():
-            if name not in self._said:
-                self._said.add(name)
-                rank_zero_only(log.info)("GradMax leaves '%s' alone: %s", name, reason)
+            self.leave_alone([name], reason)
         return new
 
 

@@ -17,7 +17,7 @@ from lightning_grow.structure.axes import AxisGroup
 from lightning_grow.structure.errors import StructureError
 from lightning_grow.surgery.edit import Edit, widen
 from lightning_grow.trainer.occasion import Occasion
-from lightning_grow.trainer.proposal import Proposal
+from lightning_grow.trainer.proposal import Proposal, in_all
 from lightning_grow.trainer.structural_callback import StructuralCallback
 
 
@@ -172,8 +172,7 @@ class RandomGrowth(StructuralCallback):
         groups = [group for group in occasion.groups if group.obstacle is None]
         if not groups:
             return []
-        total = sum(group.size for group in groups)
-        num_units = self.num_units or max(1, round((self.fraction or 0.1) * total))
+        num_units = in_all(groups, self.num_units, self.fraction, default=0.1)
         generator = occasion.generator(type(self).__name__)
         if self.kind == "new":
             return [Proposal(edit) for edit in random_new_units(occasion.model, groups, num_units, generator)]

@@ -6,7 +6,6 @@ arXiv:2003.10392.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -14,11 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from typing_extensions import override
 
-from lightning_grow.criteria.curvature import Extremes, Form, check_form, extremes, fits_in_memory
+from lightning_grow.criteria.curvature import Extremes, Form, check_form, check_search, extremes, fits_in_memory
 from lightning_grow.criteria.objective import MeasurementError, Objective
 from lightning_grow.criteria.splits import Offspring, Splits, can_split, offspring_edit
 from lightning_grow.structure.axes import AxisGroup
@@ -27,8 +25,6 @@ from lightning_grow.trainer.occasion import Occasion
 from lightning_grow.trainer.proposal import Proposal
 from lightning_grow.trainer.structural_callback import StructuralCallback
 from lightning_grow.trainer.unit_costs import Cost, allowance, check_cost, unit_costs
-
-log = logging.getLogger(__name__)
 
 WAYS = (2, 3, 4)
 """Offspring that a unit can have. More than four never help."""
@@ -357,14 +353,10 @@ class SignedSplitting(StructuralCallback):
         super().__init__(**common)
         ways = list(WAYS) if ways is None else ways
         try:
-            check_form(form)
+            check_search(form, radius, steps)
             _check(c, ways)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
-        if not radius > 0:
-            raise MisconfigurationException(f"`radius` should be above 0, found {radius!r}.")
-        if steps < 1:
-            raise MisconfigurationException(f"`steps` should be at least 1, found {steps!r}.")
         check_cost(cost)
         self.c = c
         self.ways = ways
@@ -372,16 +364,18 @@ class SignedSplitting(StructuralCallback):
         self.radius = radius
         self.steps = steps
         self.cost = cost
-        self._said_too_large = False
 
     @override
     def propose(self, occasion: Occasion) -> Sequence[Proposal]:
         groups = [group for group in occasion.groups if can_split(occasion.model, group)]
         if self.form == "exact":
-            groups = self._small(occasion.model, groups)
+            large = [group for group in groups if not fits_in_memory(occasion.model, group)]
+            groups = [group for group in groups if group not in large]
+            why = "their splitting matrices would be too large. Use form='lanczos'."
+            self.leave_alone((group.name for group in large), why, logging.WARNING)
         if not groups:
             return []
-        costs = unit_costs(dataclasses.replace(occasion, groups=tuple(groups)), self.cost)
+        costs = unit_costs(occasion, self.cost, groups)
         num_units, max_cost = allowance(groups, costs, self.num_units, self.fraction, default=0.3)
         splits = signed_splits(
             occasion.model,
@@ -400,16 +394,3 @@ class SignedSplitting(StructuralCallback):
         if not splits:
             raise MeasurementError("no unit gains anything by a split, or none that gains fits.")
         return [Proposal(edit, gain) for edit, gain in splits]
-
-    def _small(self, model: nn.Module, groups: Sequence[AxisGroup]) -> list[AxisGroup]:
-        """Return the groups whose matrices fit; tell once of the others."""
-        small = [group for group in groups if fits_in_memory(model, group)]
-        large = [group.name for group in groups if group not in small]
-        if large and not self._said_too_large:
-            self._said_too_large = True
-            rank_zero_only(log.warning)(
-                "%s leaves %s alone: their splitting matrices would be too large. Use form='lanczos'.",
-                type(self).__name__,
-                ", ".join(large),
-            )
-        return small

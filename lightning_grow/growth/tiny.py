@@ -22,7 +22,7 @@ from lightning_grow.criteria.selection import best_units
 from lightning_grow.structure.axes import AxisGroup
 from lightning_grow.surgery.edit import Edit
 from lightning_grow.trainer.occasion import Occasion
-from lightning_grow.trainer.proposal import Proposal
+from lightning_grow.trainer.proposal import Proposal, in_all
 from lightning_grow.trainer.structural_callback import StructuralCallback
 from lightning_grow.trainer.unit_costs import Cost, check_cost, unit_costs
 
@@ -184,7 +184,6 @@ class Tiny(StructuralCallback):
         self.eigenvalue_threshold = eigenvalue_threshold
         self.singular_threshold = singular_threshold
         self.cost: Cost = cost
-        self._said: set[str] = set()
 
     @override
     def propose(self, occasion: Occasion) -> Sequence[Proposal]:
@@ -195,13 +194,15 @@ class Tiny(StructuralCallback):
             with_bias=not self.update_existing,
             eigenvalue_threshold=self.eigenvalue_threshold,
             singular_threshold=self.singular_threshold,
-            on_refusal=self._say_once,
+            on_refusal=lambda name, why: self.leave_alone([name], why),
         )
         if not found:
             return []
-        total = self.num_units or max(1, round((self.fraction or 0.25) * sum(b.group.size for b in found.values())))
+        groups = [bottleneck.group for bottleneck in found.values()]
+        total = in_all(groups, self.num_units, self.fraction, default=0.25)
+        costs = unit_costs(occasion, self.cost, groups)
         gains = {name: (bottleneck.group, bottleneck.gains) for name, bottleneck in found.items()}
-        wanted = {n: len(units) for n, units in best_units(gains, total, costs=self._costs(occasion)).items()}
+        wanted = {n: len(units) for n, units in best_units(gains, total, costs=costs).items()}
 
         def edits(amplitude: float) -> list[Edit]:
             return [found[n].edit(occasion.model, k, amplitude, update=self.update_existing) for n, k in wanted.items()]
@@ -219,9 +220,6 @@ class Tiny(StructuralCallback):
             for edit in sorted(edits(amplitude), key=lambda edit: -shares[edit.group.name])
         ]
 
-    def _costs(self, occasion: Occasion) -> dict[str, float] | None:
-        return None if self.cost == "units" else unit_costs(occasion, self.cost)
-
     def _report(self, bottleneck: Bottleneck, num_units: int, amplitude: float) -> None:
         rank_zero_only(log.info)(
             "Tiny, '%s': bottleneck %.3g of %.3g before, %.3g after %d new units (first order); amplitude %g",
@@ -232,8 +230,3 @@ class Tiny(StructuralCallback):
             num_units,
             amplitude,
         )
-
-    def _say_once(self, name: str, why: str) -> None:
-        if name not in self._said:
-            self._said.add(name)
-            rank_zero_only(log.info)("Tiny leaves '%s' alone: %s.", name, why)

@@ -17,7 +17,7 @@ from lightning_grow.criteria.magnitude import magnitude
 from lightning_grow.structure.axes import AxisGroup, Role
 from lightning_grow.surgery.edit import Edit, prune
 from lightning_grow.trainer.occasion import Occasion
-from lightning_grow.trainer.proposal import Proposal
+from lightning_grow.trainer.proposal import Proposal, in_all
 from lightning_grow.trainer.structural_callback import StructuralCallback
 
 
@@ -106,8 +106,7 @@ class MagnitudePruning(StructuralCallback):
         scores = {g.name: (g, magnitude(g, occasion.model, roles=self.roles, p=self.p)) for g in groups}
         if not scores:
             return []
-        total = sum(group.size for group in groups)
-        num_units = self.num_units or max(1, round((self.fraction or 0.1) * total))
+        num_units = in_all(groups, self.num_units, self.fraction, default=0.1)
         min_size = {name: max(self.min_size, occasion.least_units.get(name, 1)) for name in scores}
         return [Proposal(edit) for edit in prune_lowest(scores, num_units, min_size)]
 

@@ -62,3 +62,22 @@ def entry_share(layout: Layout, sizes: Mapping[str, int], share: Mapping[str, Te
             value = value.unsqueeze(-1) * factor
         parts.append(value.reshape(-1))
     return torch.cat(parts)
+
+
+def entry_owner(layout: Layout, sizes: Mapping[str, int], group: str) -> Tensor:
+    """Return, for each entry of an axis, the unit of a group that it belongs to, or -1: int64 ``(length,)``.
+
+    Args:
+        layout: The blocks of the axis.
+        sizes: Units of each group.
+        group: The group.
+    """
+    position = torch.arange(sizes[group], dtype=torch.float64) + 2  # from 2: the other blocks of the axis read 1
+    return entry_share(layout, sizes, {group: position}).long() - 2
+
+
+def unit_entries(layout: Layout, sizes: Mapping[str, int], group: str) -> Tensor:
+    """Return the entries of each unit of a group along an axis, in order: int64 ``(size, entries of a unit)``."""
+    owner = entry_owner(layout, sizes, group)
+    mine = torch.nonzero(owner >= 0).flatten()
+    return mine[owner[mine].argsort(stable=True)].reshape(sizes[group], -1)

@@ -24,8 +24,7 @@ from lightning_grow.surgery.fill import edited
 from lightning_grow.surgery.optimizer_state import OptimizerMemory, plan_attributes
 from lightning_grow.surgery.plan import (
     AxisMap,
-    NewValues,
-    Shift,
+    Given,
     TensorPlan,
     axis_map,
     gather,
@@ -146,8 +145,7 @@ def plan_model(model: nn.Module, edits: Iterable[Edit]) -> ModelPlan:
         key = (axis.dim, axis.role, axis.layout)
         if key not in maps:
             maps[key] = axis_map(axis.dim, axis.role, axis.layout, sizes, of_axis)
-        m = _with_shifts(_with_values(maps[key], axis, tensor, sizes, of_axis), axis, tensor, sizes, of_axis)
-        m = _padded(m, axis, of_axis)
+        m = _padded(_with_given(maps[key], axis, tensor, sizes, of_axis), axis, of_axis)
         if m.is_identity(tensor.shape[axis.dim]):
             continue
         planned = tensors.get(id(tensor), PlannedTensor(axis.tensor, tensor, (), _is_mask(model, axis.tensor)))
@@ -320,43 +318,26 @@ def _check_length(axis: Axis, tensor: Tensor, sizes: Mapping[str, int]) -> None:
         )
 
 
-def _with_values(
-    m: AxisMap, axis: Axis, tensor: Tensor, sizes: Mapping[str, int], edits: Mapping[str, Edit]
-) -> AxisMap:
-    """Return the map with the values that the edits give for this axis."""
-    given = []
+def _with_given(m: AxisMap, axis: Axis, tensor: Tensor, sizes: Mapping[str, int], edits: Mapping[str, Edit]) -> AxisMap:
+    """Return the map with the values of new entries, and what is added to any, that the edits give for this axis."""
+    values, shifts = [], []
     for name, edit in edits.items():
-        values = edit.values.get(axis.label)
-        if values is None:
-            continue
-        source, length = value_source(axis.layout, sizes, edits, name)
-        expected = (*tensor.shape[: axis.dim], length, *tensor.shape[axis.dim + 1 :])
-        if values.shape != expected:
-            raise ValueError(
-                f"Values of {axis.label} in the edit of group '{name}' must have shape {tuple(expected)} (that of the "
-                f"tensor before the edit, with {length} new entries along dimension {axis.dim}), but have shape "
-                f"{tuple(values.shape)}."
-            )
-        given.append(NewValues(values, source))
-    return replace(m, values=tuple(given)) if given else m
+        if axis.label in edit.values:
+            source, length = value_source(axis.layout, sizes, edits, name)
+            values.append(_checked("Values", edit.values[axis.label], source, length, axis, tensor, name))
+        if axis.label in edit.shifts:
+            source, length = shift_source(axis.layout, sizes, edits, name)
+            shifts.append(_checked("Shifts", edit.shifts[axis.label], source, length, axis, tensor, name))
+    return replace(m, values=tuple(values), shifts=tuple(shifts)) if values or shifts else m
 
 
-def _with_shifts(
-    m: AxisMap, axis: Axis, tensor: Tensor, sizes: Mapping[str, int], edits: Mapping[str, Edit]
-) -> AxisMap:
-    """Return the map with what the edits add to the entries of this axis."""
-    given = []
-    for name, edit in edits.items():
-        shift = edit.shifts.get(axis.label)
-        if shift is None:
-            continue
-        source, length = shift_source(axis.layout, sizes, edits, name)
-        expected = (*tensor.shape[: axis.dim], length, *tensor.shape[axis.dim + 1 :])
-        if shift.shape != expected:
-            raise ValueError(
-                f"Shifts of {axis.label} in the edit of group '{name}' must have shape {tuple(expected)} (that of the "
-                f"tensor before the edit, with {length} entries along dimension {axis.dim}), but have shape "
-                f"{tuple(shift.shape)}."
-            )
-        given.append(Shift(shift, source))
-    return replace(m, shifts=tuple(given)) if given else m
+def _checked(what: str, given: Tensor, source: Tensor, length: int, axis: Axis, tensor: Tensor, group: str) -> Given:
+    expected = (*tensor.shape[: axis.dim], length, *tensor.shape[axis.dim + 1 :])
+    if given.shape != expected:
+        new = "new " if what == "Values" else ""
+        raise ValueError(
+            f"{what} of {axis.label} in the edit of group '{group}' must have shape {tuple(expected)} (that of the "
+            f"tensor before the edit, with {length} {new}entries along dimension {axis.dim}), but have shape "
+            f"{tuple(given.shape)}."
+        )
+    return Given(given, source)

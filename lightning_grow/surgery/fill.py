@@ -21,7 +21,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from lightning_grow.surgery.plan import AxisMap, Shift, gather
+from lightning_grow.surgery.plan import AxisMap, Given, gather
 
 _SAMPLE = 2**17
 _DRAWS = 1_048_573
@@ -57,7 +57,7 @@ def edited(tensor: Tensor, name: str, maps: tuple[AxisMap, ...], is_mask: bool =
         elif m.has_new:
             _fill_(out, tensor, f"{name}[{m.dim}]", m)
             for values in m.values:
-                _put_values_(out, m, values.tensor, values.source, tuple(o for o in maps if o is not m))
+                _put_values_(out, m, values, tuple(o for o in maps if o is not m))
     for m in maps:
         for shift in m.shifts:
             _shift_(out, m, shift, tuple(o for o in maps if o is not m))
@@ -195,28 +195,25 @@ def _moments(tensor: Tensor) -> tuple[float, float]:
     return mean, math.sqrt(variance * count / (count - 1))
 
 
-def _shift_(out: Tensor, m: AxisMap, shift: Shift, others: tuple[AxisMap, ...]) -> None:
+def _shift_(out: Tensor, m: AxisMap, shift: Given, others: tuple[AxisMap, ...]) -> None:
     """Add given values to entries: gathered along the other axes like the weight, zero where those have new entries."""
-    taken = (shift.source >= 0).nonzero().flatten()
-    selected = taken.to(out.device)
-    added = _followed(shift.tensor, out, others).index_select(m.dim, shift.source[taken].to(out.device))
+    selected, added = _taken(out, m, shift, others)
     out.index_copy_(m.dim, selected, out.index_select(m.dim, selected) + added)
 
 
-def _put_values_(out: Tensor, m: AxisMap, values: Tensor, source: Tensor, others: tuple[AxisMap, ...]) -> None:
+def _put_values_(out: Tensor, m: AxisMap, values: Given, others: tuple[AxisMap, ...]) -> None:
     """Write given values: gathered along the other axes like the weight, zero where those have new entries."""
-    values = _followed(values, out, others)
-    taken = (source >= 0).nonzero().flatten()
-    out.index_copy_(m.dim, taken.to(out.device), values.index_select(m.dim, source[taken].to(out.device)))
+    out.index_copy_(m.dim, *_taken(out, m, values, others))
 
 
-def _followed(values: Tensor, out: Tensor, others: tuple[AxisMap, ...]) -> Tensor:
-    """Return values of entries along one axis as they are after the edits of the other axes."""
-    values = gather(values.detach().to(device=out.device, dtype=out.dtype), others)
+def _taken(out: Tensor, m: AxisMap, given: Given, others: tuple[AxisMap, ...]) -> tuple[Tensor, Tensor]:
+    """Return the entries along one axis for which something is given, and that, after the edits of the other axes."""
+    values = gather(given.tensor.detach().to(device=out.device, dtype=out.dtype), others)
     for other in others:
         if other.role == "consumed" and other.share is not None:
             scale_(values, other, other.share)
-    return values
+    taken = (given.source >= 0).nonzero().flatten()
+    return taken.to(out.device), values.index_select(m.dim, given.source[taken].to(out.device))
 
 
 def _is_vector(tensor: Tensor, dim: int) -> bool:

@@ -20,26 +20,11 @@ _MAX_COPIES = 64
 
 
 @dataclass(frozen=True, eq=False)
-class NewValues:
-    """Given values for the new entries of an axis.
+class Given:
+    """What an edit gives for entries of an axis: values of new ones, or what is added to any.
 
     Attributes:
-        tensor: The shape of the tensor before the edit, with the length of the axis replaced by that of the values.
-        source: For each entry of the axis after the edit the entry of ``tensor`` that it takes, or -1 for none:
-            int64 ``(new_length,)``.
-    """
-
-    tensor: Tensor
-    source: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Shift:
-    """What is added to the entries of an axis.
-
-    Attributes:
-        tensor: The shape of the tensor before the edit, with the length of the axis that it has after the edit of one
-            group.
+        tensor: The shape of the tensor before the edit, with the length of the axis replaced by that of what is given.
         source: For each entry of the axis after all edits the entry of ``tensor`` that it takes, or -1 for none:
             int64 ``(new_length,)``.
     """
@@ -72,8 +57,8 @@ class AxisMap:
     share: Tensor | None = None
     place: Tensor | None = None
     seed: int = 0
-    values: tuple[NewValues, ...] = ()
-    shifts: tuple[Shift, ...] = ()
+    values: tuple[Given, ...] = ()
+    shifts: tuple[Given, ...] = ()
     gain: float = 1.0
     fill: Literal["default", "zeros", "mean", "random"] = "default"
 
@@ -190,18 +175,7 @@ def value_source(layout: Layout, sizes: Mapping[str, int], edits: Mapping[str, E
 
 
 def shift_source(layout: Layout, sizes: Mapping[str, int], edits: Mapping[str, Edit], group: str) -> tuple[Tensor, int]:
-    """Return which entries of an axis after all edits take which of the shifts given by the edit of one group.
-
-    Args:
-        layout: The blocks of the axis.
-        sizes: Units of each group before the edits.
-        edits: Edits of groups of the layout, by group name.
-        group: The group whose edit shifts entries.
-
-    Returns:
-        For each entry after all edits the entry of the shifts, or -1 (int64 ``(new_length,)``), and the length that
-        the shifts must have along the axis.
-    """
+    """Return likewise which entries take which of the shifts, which are given for all entries that there are then."""
     index = {name: torch.tensor(edit.index, dtype=torch.int64) for name, edit in edits.items() if name != group}
     own = {**sizes, group: edits[group].new_size}
     return entry_index(layout, own, index), layout_length(layout, own)

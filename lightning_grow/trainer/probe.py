@@ -175,8 +175,11 @@ def objective_of(trainer: pl.Trainer, batches: Sequence[tuple[Any, int]]) -> Obj
         return _scalar_loss(model, returned, backward)
 
     def reduce(tensor: Tensor) -> Tensor:
-        summed: Tensor = trainer.strategy.reduce(tensor, reduce_op="sum")
-        return summed
+        if trainer.world_size == 1:
+            return tensor
+        on_device = tensor.to(trainer.strategy.root_device)  # some backends add up nowhere else
+        summed: Tensor = trainer.strategy.reduce(on_device, reduce_op="sum")
+        return summed.to(tensor.device)
 
     return Objective(loss, batches, reduce)
 

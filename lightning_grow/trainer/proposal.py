@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_grow.structure.axes import Axis, AxisGroup, Stack
-from lightning_grow.structure.layout import entry_share
+from lightning_grow.structure.layout import entry_owner
 from lightning_grow.surgery.edit import Edit
 from lightning_grow.surgery.kernels import KernelEdit
 
@@ -116,8 +116,7 @@ def spared(edit: Edit, size: int) -> Edit:
 def _kept_values(value: Tensor, edit: Edit, axis: Axis, size: int, sizes: Mapping[str, int]) -> Tensor:
     """Drop the given new entries of units that are no longer made."""
     index = torch.tensor(edit.index)
-    position = torch.arange(len(index), dtype=torch.float64) + 2  # from 2: other blocks of the axis read 1
-    owner = entry_share(axis.layout, sizes, {edit.group.name: position}).long() - 2
+    owner = entry_owner(axis.layout, {**sizes, edit.group.name: len(index)}, edit.group.name)
     new = (owner >= 0) & (index[owner.clamp(min=0)] < 0)
     return value.index_select(axis.dim, torch.nonzero(owner[new] < size).flatten().to(value.device))
 
@@ -125,8 +124,7 @@ def _kept_values(value: Tensor, edit: Edit, axis: Axis, size: int, sizes: Mappin
 def _kept_shifts(shift: Tensor, edit: Edit, axis: Axis, size: int, sizes: Mapping[str, int]) -> Tensor:
     """Drop the shifts of units that are no longer made; those of units that have lost a copy become zero."""
     group, after = edit.group.name, {**sizes, edit.group.name: len(edit.index)}
-    position = torch.arange(len(edit.index), dtype=torch.float64) + 2
-    owner = entry_share(axis.layout, after, {group: position}).long() - 2
+    owner = entry_owner(axis.layout, after, group)
     lost = set(edit.index[size:]) - {-1}
     moved = torch.tensor([source not in lost for source in edit.index] + [True])  # the last: other blocks' entries
     kept = shift * moved[owner].to(shift).reshape([-1 if d == axis.dim else 1 for d in range(shift.ndim)])
@@ -167,6 +165,19 @@ def rounded(group: AxisGroup, num_units: int | None, fraction: float | None) -> 
     """
     wanted = num_units if num_units is not None else round((fraction or 0.0) * group.size)
     return max(1, -(-wanted // group.step)) * group.step
+
+
+def in_all(groups: Sequence[AxisGroup], num_units: int | None, fraction: float | None, default: float) -> int:
+    """Return by how many units groups that share one list should change together: one at least.
+
+    Args:
+        groups: The groups.
+        num_units: This many, or
+        fraction: this share of all units that there are now.
+        default: The share if neither is given.
+    """
+    share = default if fraction is None else fraction
+    return num_units if num_units is not None else max(1, round(share * sum(group.size for group in groups)))
 
 
 def fingerprint(changes: Sequence[Change]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -155,6 +155,7 @@ class StructuralCallback(pl.Callback, ABC):
         self._saved_window: dict[str, Any] | None = None
         self._log_countdown = 0
         self._said_why = False
+        self._left_alone: set[str] = set()
 
     # -- what a method implements ----------------------------------------------------------------------------------
 
@@ -178,6 +179,20 @@ class StructuralCallback(pl.Callback, ABC):
         """
         del model
         self.scope.check(structure, shrink=self.shrinks)
+
+    def leave_alone(self, names: Iterable[str], why: str, level: int = logging.INFO) -> None:
+        """Say, once of each and on rank zero, which of the chosen groups the method cannot work on, and why.
+
+        Args:
+            names: The groups.
+            why: Why, and perhaps what to do.
+            level: Level of the log.
+        """
+        new = [name for name in names if name not in self._left_alone]
+        self._left_alone |= set(new)
+        if new:
+            listed = ", ".join(f"'{name}'" for name in new)
+            rank_zero_only(log.log)(level, "%s leaves %s alone: %s", type(self).__name__, listed, why)
 
     # -- what a user may read --------------------------------------------------------------------------------------
 
@@ -382,7 +397,7 @@ class StructuralCallback(pl.Callback, ABC):
         return {
             "due": self._due,
             "plateau": self._plateau.state_dict(),
-            "window": None if self._window is None else self._window.state_dict(),
+            "window": None if self._window is None else self._window.state_dict(),  # None: due, and observed anew
         }
 
     @override

@@ -17,6 +17,7 @@ from lightning_grow.criteria.overgrown import Overgrown
 from lightning_grow.structure.axes import AxisGroup
 from lightning_grow.surgery.edit import widen
 from lightning_grow.trainer.occasion import Occasion
+from lightning_grow.trainer.proposal import in_all
 
 CostName = Literal["units", "parameters", "flops", "latency"]
 Cost = CostName | Callable[[nn.Module, AxisGroup], float]
@@ -35,8 +36,8 @@ def check_cost(cost: Cost) -> None:
         )
 
 
-def unit_costs(occasion: Occasion, cost: Cost) -> dict[str, float]:
-    """Return what one more unit of each chosen group costs; equal on all ranks.
+def unit_costs(occasion: Occasion, cost: Cost, groups: Sequence[AxisGroup] | None = None) -> dict[str, float]:
+    """Return what one more unit of each group costs; equal on all ranks.
 
     FLOPs are those of the training loss on one observed batch, forward; latency is its time in milliseconds, measured
     in copies with a quarter more units, and so noisy: what cannot be told from 0 counts as the least that can.
@@ -44,18 +45,20 @@ def unit_costs(occasion: Occasion, cost: Cost) -> dict[str, float]:
     Args:
         occasion: The event.
         cost: What to count; ``"units"`` makes all units cost 1.
+        groups: Which; all that the user chose, by default.
 
     Raises:
         MeasurementError: If a cost is not above 0, or there is no batch to run.
     """
+    groups = occasion.groups if groups is None else groups
     if cost == "units":
-        return {group.name: 1.0 for group in occasion.groups}
+        return {group.name: 1.0 for group in groups}
     if cost == "parameters":
-        found = {g.name: float(unit_parameters(occasion.model, occasion.structure, g.name)) for g in occasion.groups}
+        found = {g.name: float(unit_parameters(occasion.model, occasion.structure, g.name)) for g in groups}
     elif callable(cost):
-        found = {group.name: float(cost(occasion.model, group)) for group in occasion.groups}
+        found = {group.name: float(cost(occasion.model, group)) for group in groups}
     else:
-        found = _run_costs(occasion, cost)
+        found = _run_costs(occasion, cost, groups)
     wrong = [name for name, value in found.items() if not value > 0]
     if wrong:
         raise MeasurementError(f"A unit of {', '.join(wrong)} should cost more than 0, by `cost={cost!r}`.")
@@ -84,15 +87,14 @@ def allowance(
     if num_units is not None:
         return num_units, None
     share = default if fraction is None else fraction
-    total = sum(group.size for group in groups)
     if len({costs[group.name] for group in groups}) <= 1:
-        return max(1, round(share * total)), None
+        return in_all(groups, None, share, default), None
     present = sum(group.size * costs[group.name] for group in groups)
     dearest = max(group.step * costs[group.name] for group in groups)
     return max(1, math.ceil(share * present / min(costs.values()))), max(share * present, dearest)
 
 
-def _run_costs(occasion: Occasion, cost: str) -> dict[str, float]:
+def _run_costs(occasion: Occasion, cost: str, groups: Sequence[AxisGroup]) -> dict[str, float]:
     objective = occasion.measured
     if not objective.batches:
         raise MeasurementError("There is no batch to measure costs on.")
@@ -104,11 +106,12 @@ def _run_costs(occasion: Occasion, cost: str) -> dict[str, float]:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         return measure_latency_ms(call, device)
 
-    base = price(Overgrown(occasion.model, []).model)
     found = {}
-    for group in occasion.groups:
-        more = group.step if cost == "flops" else -(-group.size // (4 * group.step)) * group.step
-        found[group.name] = (price(Overgrown(occasion.model, [widen(group, more)]).model) - base) / more
+    with objective.together():
+        base = price(Overgrown(occasion.model, []).model)
+        for group in groups:
+            more = group.step if cost == "flops" else -(-group.size // (4 * group.step)) * group.step
+            found[group.name] = (price(Overgrown(occasion.model, [widen(group, more)]).model) - base) / more
     if cost == "latency":
         known = [value for value in found.values() if value > 0]
         least = statistics.median(known) / 10 if known else 1.0
@@ -117,7 +120,6 @@ def _run_costs(occasion: Occasion, cost: str) -> dict[str, float]:
 
 
 def _agreed(occasion: Occasion, value: float) -> float:
-    """Return the mean over ranks; summed where the model is, as some backends want it."""
-    device = next((p.device for p in occasion.model.parameters()), torch.device("cpu"))
-    pair = occasion.measured.reduce(torch.tensor([value, 1.0], dtype=torch.float32, device=device))
+    """Return the mean over ranks."""
+    pair = occasion.measured.reduce(torch.tensor([value, 1.0], dtype=torch.float64))
     return float(pair[0] / pair[1])

@@ -50,8 +50,14 @@ class Window:
             self.statistics[name].reduce_(lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"))
         return self.statistics
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sums and batches so far, of this rank."""
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the sums and batches so far, of this rank.
+
+        None if a batch is of a class that a checkpoint could not be loaded with (``weights_only``): a resumed run then
+        observes anew.
+        """
+        if not _is_plain(self.kept):
+            return None
         sums = {name: statistic.state_dict() for name, statistic in self.statistics.items()}
         kept = pytree.tree_map_only(Tensor, lambda leaf: leaf.cpu(), self.kept)
         return {"batches": self.batches, "sums": sums, "kept": kept}
@@ -62,3 +68,12 @@ class Window:
         self.kept = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), list(state.get("kept", [])))
         for name, sums in state["sums"].items():
             self.statistics[name].load_state_dict(sums, device)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is made of tensors, numbers and strings in dicts, lists and tuples, and nothing else."""
+    if type(value) is dict:
+        return all(_is_plain(inner) for pair in value.items() for inner in pair)
+    if type(value) in (list, tuple):
+        return all(_is_plain(inner) for inner in value)
+    return value is None or type(value) in (Tensor, bool, int, float, str)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_grow.criteria import Objective, UnitVectors
-from lightning_grow.criteria.new_units import NewUnits, refusal, transparent_values
+from lightning_grow.criteria.new_units import NewUnits
+from lightning_grow.criteria.transparent import refusal, transparent_values
 from lightning_grow.structure import StructureError, trace
 from lightning_grow.surgery import apply_, widen
 from tests.zoo import ZOO

@@ -126,3 +126,22 @@ def test_no_batch_and_no_such_parameter():
         Objective(loss, []).value(model_of())
     with pytest.raises(ValueError, match=r"Cannot take the gradient of 9\.weight: the model has no such parameter"):
         Objective(loss, batches(1)).gradients(model_of(), ["9.weight"])
+
+
+def test_what_fails_in_one_process_fails_in_all_of_them():
+    """Otherwise the others would wait for its sums. Here the other process is a sum that already has its part."""
+    well = Objective(loss, batches(2))
+    assert well.value(model_of()) > 0
+    elsewhere = Objective(loss, batches(2), reduce=lambda tensor: tensor + 1)
+    for measure in (elsewhere.value, lambda model: elsewhere.gradients(model, ["0.weight"])):
+        with pytest.raises(MeasurementError, match="Another process could not measure the loss"):
+            measure(model_of())
+
+    def fails(model, batch):
+        raise MeasurementError("no labels")
+
+    sums = []
+    here = Objective(fails, batches(2), reduce=lambda tensor: sums.append(tensor.clone()) or tensor)
+    with pytest.raises(MeasurementError, match="no labels"):
+        here.value(model_of())
+    assert sums == [1]  # the others were told

@@ -8,17 +8,16 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_grow.criteria import MeasurementError, Objective, Splits
+from lightning_grow.criteria import GaussNewtonModel, MeasurementError, Objective, Splits
 from lightning_grow.criteria.overgrown import Overgrown
+from lightning_grow.criteria.second_order import unseen_groups
 from lightning_grow.growth import GaussNewton
 from lightning_grow.growth.gauss_newton import (
-    GaussNewtonModel,
     backed_off,
     exchanged,
     gauss_newton,
     gauss_newton_splits,
     split_edit,
-    unseen_groups,
 )
 from lightning_grow.structure import StructureError, trace
 from lightning_grow.surgery import apply_, prune

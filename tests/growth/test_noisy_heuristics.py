@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_grow.criteria import Objective, UnitVectors
+from lightning_grow.criteria import Objective, UnitVectors, significance
 from lightning_grow.growth import NoisyHeuristics
 from lightning_grow.growth.noisy_heuristics import (
     Fall,
@@ -24,7 +24,6 @@ from lightning_grow.growth.noisy_heuristics import (
     new_balance,
     random_units,
     shares,
-    significance,
     unfit_units,
 )
 from lightning_grow.structure import StructureError, trace

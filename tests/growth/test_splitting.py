@@ -279,7 +279,7 @@ def test_the_exact_form_leaves_large_layers_alone_and_names_the_other(tmp_path, 
     callback = SplittingSteepestDescent(form="exact", every_n_steps=2, num_units=2)
     fit(tmp_path, callback)
     assert {event.group for event in callback.record.events} == {"fc1"}  # 6 * 5 * 5 numbers; fc2 has 5 * 7 * 7
-    assert "leaves fc2 alone: their splitting matrices would be too large. Use form='lanczos'." in caplog.text
+    assert "leaves 'fc2' alone: their splitting matrices would be too large. Use form='lanczos'." in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_grow.structure.axes import Axis, AxisGroup, Block, Layout, Units
 from lightning_grow.surgery import Edit
 from lightning_grow.surgery.fill import edited
-from lightning_grow.surgery.plan import AxisMap, NewValues, axis_map, gather, value_source
+from lightning_grow.surgery.plan import AxisMap, Given, axis_map, gather, value_source
 
 fast = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 LEFT, RIGHT = Units("left", "left.weight", 0, 1), Units("right", "right.weight", 0, 1)
@@ -136,7 +136,7 @@ def test_given_values_land_where_one_edit_alone_would_put_them(data: st.DataObje
 def test_consumed_zeros_win_where_new_rows_and_new_columns_meet() -> None:
     tensor = torch.randn(3, 3)
     index = torch.tensor([0, 1, 2, -1])
-    rows = AxisMap(0, "produced", index, values=(NewValues(torch.ones(1, 3), torch.tensor([-1, -1, -1, 0])),))
+    rows = AxisMap(0, "produced", index, values=(Given(torch.ones(1, 3), torch.tensor([-1, -1, -1, 0])),))
     columns = AxisMap(1, "consumed", index)
     out = edited(tensor, "weight", (rows, columns))
     assert torch.equal(out[3], torch.tensor([1.0, 1.0, 1.0, 0.0]))

@@ -1,10 +1,13 @@
 """Checkpoints of a run whose model changed: taken up by fresh, larger, smaller, deeper models, or refused."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_grow as lg
 from lightning_grow.growth import Net2Net
@@ -13,7 +16,7 @@ from lightning_grow.structure import StructureError
 from tests.trainer import kill_worker
 from tests.trainer.models import Perceptron, Residual, build, loader, state_of, trainer
 from tests.trainer.processes import run_once, run_until_killed
-from tests.trainer.test_structural_callback import Taylor
+from tests.trainer.test_structural_callback import Measuring, Taylor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 
@@ -117,6 +120,40 @@ def test_statistics_go_on_in_the_middle_of_their_window(tmp_path):
     assert [event.step for event in callback.record.events] == [12]
     found = state_of(fresh, run)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Bag(UserDict):
+    """A batch as tokenizers return it: a class that loading weights alone does not know."""
+
+
+class OfBags(Perceptron):
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+
+def bags():
+    return DataLoader(loader().dataset, batch_size=8, collate_fn=lambda rows: Bag(_stacked(rows)))
+
+
+def _stacked(rows):
+    x, y = zip(*rows, strict=True)
+    return {"x": torch.stack(x), "y": torch.stack(y)}
+
+
+@pytest.mark.parametrize(("data", "step"), [(loader, 12), (bags, 15)])
+def test_batches_that_were_kept_are_in_the_checkpoint_or_observed_anew(tmp_path, data, step):
+    """Six of eight batches had been seen: of plain ones six are there again; of others the window begins anew."""
+    method = Measuring(at_steps=[4])
+    method.window_batches = 8
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    run = trainer(tmp_path, method, saver, enable_checkpointing=True)
+    cls = OfBags if data is bags else Perceptron
+    run.fit(build(cls), data())
+    resumed = Measuring(at_steps=[4])
+    resumed.window_batches = 8
+    trainer(tmp_path, resumed).fit(build(cls), data(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert [event.step for event in method.record.events][:1] == [12]
+    assert [event.step for event in resumed.record.events][:1] == [step]
 
 
 def test_a_pending_plateau_survives(tmp_path):
