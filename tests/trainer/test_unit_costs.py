@@ -67,7 +67,11 @@ def test_energy_from_a_table_of_ones_own():
 
 def test_processes_agree_on_the_mean():
     """Another process measured three times as much."""
-    found = unit_costs(occasion(reduce=lambda pair: pair + torch.stack([3 * pair[0], pair[1]])), "flops")
+
+    def reduce(own):  # a pair of sum and count, or a flag alone
+        return own + torch.stack([3 * own[0], own[1]]) if own.ndim else own
+
+    found = unit_costs(occasion(reduce=reduce), "flops")
     assert found["2"] == 2 * 3 * 2 * (9 * 4 * 9 + 9 * 2)
 
 
