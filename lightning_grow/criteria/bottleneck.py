@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -200,6 +200,53 @@ def bottlenecks(
         goal = float(present.mean(name, "goal"))
         results[name] = _found(copy, by_name[name], pair, goal, left, steps[name], cut)
     return loss, results
+
+
+def with_best_signs(
+    model: nn.Module, found: Mapping[str, Bottleneck], num_units: Mapping[str, int], objective: Objective
+) -> dict[str, Bottleneck]:
+    r"""Return the first units of each bottleneck, each with the sign with which it lowers the loss.
+
+    The sign of a singular pair is free, and means nothing as long as the activation is the identity. Behind a ReLU, a
+    unit with :math:`-a, -b` is another unit than one with :math:`a, b`. One pass measures what each does to the loss
+    to first order, with its activation; the better one is kept, and neither if both raise the loss.
+
+    Args:
+        model: The model; it is not changed.
+        found: By group name.
+        num_units: Units of each group, ``>= 1``; other groups are left out.
+        objective: The loss.
+
+    Raises:
+        MeasurementError: If the loss cannot be measured.
+    """
+    edits, weights = [], {}
+    for name, k in num_units.items():
+        fan_in = found[name].fan_in[:k]
+        both = replace(
+            found[name],
+            fan_in=torch.cat([fan_in, -fan_in]),
+            fan_out=torch.zeros_like(found[name].fan_out[:1]).repeat_interleave(2 * k, dim=0),
+        )
+        edits.append(both.edit(model, 2 * k))
+        weights[name] = f"{found[name].neighbours.consumer}.weight"
+    _, gradients = objective.gradients(Overgrown(model, edits).model, weights.values())
+    chosen = {}
+    for name, k in num_units.items():
+        bottleneck, size = found[name], found[name].group.size
+        outputs = bottleneck.fan_out.shape[1]
+        by_unit = gradients[weights[name]][:outputs, size:].transpose(0, 1).to("cpu", torch.float64)
+        with_one, with_other = ((part * bottleneck.fan_out[:k]).flatten(1).sum(dim=1) for part in by_unit.chunk(2))
+        change = torch.minimum(with_one, -with_other)
+        sign = torch.where(with_one <= -with_other, 1.0, -1.0).double()
+        kept = change < 0
+        chosen[name] = replace(
+            bottleneck,
+            values=bottleneck.values[:k][kept],
+            fan_in=(bottleneck.fan_in[:k].T * sign).T[kept],
+            fan_out=(bottleneck.fan_out[:k].transpose(0, -1) * sign).transpose(0, -1)[kept],
+        )
+    return chosen
 
 
 class _Cut(NamedTuple):

@@ -267,7 +267,7 @@ class NewUnits:
         The range of a form is sketched with random fan-outs, and sharpened by power steps: each pass applies the form,
         or its transpose, to an orthonormal basis of what the one before it found (Halko, Martinsson, Tropp, "Finding
         structure with randomness", SIAM Review 2011, arXiv:0909.4061). All but the
-        last pass run over half of the batches, because a sketch need not be exact. Where it spans the shorter side, one
+        last pass run over a quarter of the batches, because a sketch need not be exact. Where it spans the shorter side, one
         pass writes the form out, and the pairs are exact.
 
         Args:
@@ -294,9 +294,9 @@ class NewUnits:
                 drawn = torch.randn(q, sketch, generator=self._generator(f"{name} sketch"), dtype=torch.float64)
                 bases[name] = "out", torch.linalg.qr(drawn).Q.T
                 sketched.append(name)
-        half = self._objective.on(self._objective.batches[: -(-len(self._objective.batches) // 2)])
+        few = self._objective.on(self._objective.batches[: -(-len(self._objective.batches) // 4)])
         for _ in range(passes - 1 if sketched else 0):
-            for name, image in self._images({name: bases[name] for name in sketched}, half).items():
+            for name, image in self._images({name: bases[name] for name in sketched}, few).items():
                 bases[name] = "in" if bases[name][0] == "out" else "out", torch.linalg.qr(image.T).Q.T
         images = self._images({name: bases[name] for name in num_units}, self._objective)
         return {name: _pairs(*bases[name], images[name], num_units[name]) for name in num_units}
@@ -313,14 +313,19 @@ class NewUnits:
     def edit(self, name: str, fan_in: Tensor, fan_out: Tensor) -> Edit:
         """Return the edit that appends units.
 
+        What they pass on their way lets them through as they are (`transparent_values`). Units without a fan-out are
+        silent anyway: behind a batch norm they have the gain 1, as they are no smaller than others.
+
         Args:
             name: The group.
             fan_in: What is added to the base: ``(k, p)``.
             fan_out: ``(k, q)``.
         """
-        space = self.spaces[name]
-        vectors: list[tuple[Tensor, Role]] = [(space.base + fan_in, "produced"), (fan_out, "consumed")]
-        return _appended(self._model, space.group, vectors)
+        group, base = self.spaces[name].group, self.spaces[name].base
+        values = transparent_values(self._model, group, len(fan_in), silent=not bool(fan_out.any()))
+        values |= UnitVectors(self._model, group, "produced").spread(base + fan_in, new=len(fan_in))
+        values |= UnitVectors(self._model, group, "consumed").spread(fan_out, new=len(fan_in))
+        return widen(group, len(fan_in), values=values)
 
     # -- private ----------------------------------------------------------------------------------------------------
 
@@ -431,16 +436,6 @@ class NewUnits:
 
 
 _ROLES: tuple[Role, Role] = ("produced", "consumed")
-
-
-def _appended(
-    model: nn.Module, group: AxisGroup, vectors: Sequence[tuple[Tensor, Role]], num_units: int | None = None
-) -> Edit:
-    num_units = num_units or len(vectors[0][0])
-    values = transparent_values(model, group, num_units)
-    for vector, role in vectors:
-        values |= UnitVectors(model, group, role).spread(vector, new=num_units)
-    return widen(group, num_units, values=values)
 
 
 def _parts(model: nn.Module, vectors: UnitVectors) -> Tensor:

@@ -36,19 +36,28 @@ def refusal(model: nn.Module, group: AxisGroup) -> str | None:
     return None
 
 
-def transparent_values(model: nn.Module, group: AxisGroup, num_units: int) -> dict[str, Tensor]:
+def transparent_values(
+    model: nn.Module, group: AxisGroup, num_units: int, *, silent: bool = False
+) -> dict[str, Tensor]:
     """Return values of what new units pass on their way, by axis label, with which it lets them through unchanged.
 
     Depthwise kernels are 1 at their centre; biases are 0. A batch norm has mean 0, variance 0 and gain ``sqrt(eps)``:
     it is the identity in eval mode, and its slope is 1 in train mode too, for units that are still zero. With a
     gain of 1, what reaches a silent unit would be multiplied by ``1 / sqrt(eps)`` = 316 in its first step.
+
+    Args:
+        model: The model; only read.
+        group: The group.
+        num_units: New units.
+        silent: Whether the new units have a usual fan-in and no fan-out. A batch norm has its default entries then.
     """
     values = {}
     sizes = sizes_of(model, group)
     for axis in group.with_role("carried"):
         tensor = tensor_of(model, axis.tensor)
         path, _, leaf = axis.tensor.rpartition(".")
-        value = _transparent(model.get_submodule(path), leaf, tensor)
+        module = model.get_submodule(path)
+        value = None if silent and hasattr(module, "running_mean") else _transparent(module, leaf, tensor)
         if value is not None:
             number = unit_entries(axis.layout, {**sizes, group.name: num_units}, group.name).numel()
             shape = [number if dim == axis.dim else n for dim, n in enumerate(tensor.shape)]
