@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_grow import growth
 from lightning_grow.data import FashionMNIST
+from lightning_grow.growth.tiny import AMPLITUDES
 from lightning_grow.trainer import StructuralCallback
 
 HERE = Path(__file__).parent
@@ -78,9 +79,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "GradMax": ("GradMax", {}),
     "Tiny": ("Tiny", {}),
     "GaussNewton": ("GaussNewton", {}),
-    "NoisyHeuristics": ("NoisyHeuristics", {}),
+    "NoisyHeuristics": ("NoisyHeuristics", {"fraction": 1.0, "num_decay_steps": 10}),
 }
-"""What a row is called, and the callback with the arguments that are not its defaults."""
+"""What a row is called, and the callback with the arguments that are not those of all.
+
+Noisy Heuristics removes half as many units as it adds, so twice as many are added; they fade before the next event.
+"""
 
 SCRATCH = {f"from scratch, {share:.0%} of the steps": share for share in (1.0, 0.7, 0.5, 0.3)}
 GROMO = "GroMo GrowingMLP"
@@ -213,15 +217,15 @@ def grown(name: str, task: Task, data: FashionMNIST, seed: int, steps: int) -> t
     network = task.build(task.small)
     at = [round(steps / 2 * (i + 1) / EVENTS) for i in range(EVENTS)]
     limit = parameters_of(task.build(task.large))
-    common = {"at_steps": at, "fraction": 0.5, "max_parameters": limit, "seed": seed, "verbose": False}
-    callback = counted(getattr(growth, cls_name))(**common, **arguments)
+    common = {"at_steps": at, "fraction": 0.5, "max_parameters": limit, "seed": seed, "verbose": False} | arguments
+    callback = counted(getattr(growth, cls_name))(**common)
     meter = fit(task, network, data, steps, callback)
     events = {event.step for event in callback.record.events}
     return network, meter.total, callback.flops, len(events)  # type: ignore[attr-defined]
 
 
 def gromo(task: Task, data: FashionMNIST, steps: int) -> tuple[nn.Module, float, float, int]:
-    """Grow the perceptron of GroMo in a loop of its own: statistics of 8 batches, the best of some scales."""
+    """Grow the perceptron of GroMo in a loop of its own: statistics of 8 batches, amplitudes as in `Tiny`."""
     try:
         from gromo.containers.growing_mlp import GrowingMLP
     except ImportError as error:
@@ -284,7 +288,7 @@ def _gromo_event(network: Any, batches: Sequence[tuple[Tensor, Tensor]], limit: 
         network.reset_computation()
         network.select_update(layer_index=0)
         losses = {}
-        for scale in (0.0, 0.1, 0.3, 1.0, 3.0):
+        for scale in (0.0, *(amplitude**0.5 for amplitude in AMPLITUDES)):  # both sides of a unit are multiplied by it
             network.currently_updated_layer.scaling_factor = scale
             with torch.no_grad():
                 loss = sum(F.cross_entropy(network.extended_forward(x), y) for x, y in batches)
@@ -392,14 +396,15 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         axes, mine = figure.add_subplot(1, len(tasks), place), [r for r in rows if r.task == name]
         curve = scratch_curve(mine)
         axes.plot([x for x, _ in curve], [100 * y for _, y in curve], "k.-", label="the large network from scratch")
-        for method in dict.fromkeys(r.method for r in mine if r.method not in SCRATCH):
+        methods = dict.fromkeys(r.method for r in mine if r.method not in SCRATCH)
+        for method, marker in zip(methods, itertools.cycle("os^vDP*X<>p"), strict=False):
             runs = [r for r in mine if r.method == method]
             scores = [100 * r.test_accuracy for r in runs]
             axes.errorbar(
                 statistics.mean(r.gflops for r in runs),
                 statistics.mean(scores),
                 statistics.stdev(scores) if len(scores) > 1 else 0.0,
-                fmt="o",
+                fmt=marker,
                 capsize=3,
                 label=method,
             )

@@ -266,9 +266,9 @@ class NewUnits:
 
         The range of a form is sketched with random fan-outs, and sharpened by power steps: each pass applies the form,
         or its transpose, to an orthonormal basis of what the one before it found (Halko, Martinsson, Tropp, "Finding
-        structure with randomness", SIAM Review 2011, arXiv:0909.4061). All but the
-        last pass run over a quarter of the batches, because a sketch need not be exact. Where it spans the shorter side, one
-        pass writes the form out, and the pairs are exact.
+        structure with randomness", SIAM Review 2011, arXiv:0909.4061). All but the last pass run over a quarter of
+        the batches, because a sketch need not be exact. Where it spans the shorter side, one pass writes the form out,
+        and the pairs are exact.
 
         Args:
             num_units: Pairs wanted, by group name, ``>= 1``; there are fewer where the rank is lower.

@@ -148,7 +148,7 @@ class FireflyContinual(StructuralCallback):
         tasks: dict[str, dict[str, int]] | None = None,
         num_candidates: int | None = None,
         radius: float = 0.1,
-        search_steps: int = 64,
+        search_steps: int = 16,
         search_lr: float = 0.05,
         points: int = 3,
         window_batches: int = 8,

@@ -119,8 +119,8 @@ def best_amplitude(
 ) -> tuple[float, float]:
     """Return the amplitude at which edits lower the loss most, and by how much; 0 and 0 if none lowers it.
 
-    The search does not go on beyond the largest, though the loss on a few batches often falls further: with Fashion-MNIST
-    (`docs/methods/growth.md`), what it found there was worth less on validation images.
+    The search does not go on beyond the largest, though the loss on a few batches often falls further: what it found
+    there was worth less on validation images of Fashion-MNIST (`docs/methods/growth.md`).
 
     Args:
         model: The model; edits are tried on copies.

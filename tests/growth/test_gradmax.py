@@ -1,5 +1,6 @@
 """GradMax's own properties: nothing changes, and no orthogonal fan-outs get a larger gradient."""
 
+import copy
 import logging
 
 import pytest
@@ -99,6 +100,18 @@ def test_behind_a_sigmoid_it_is_refused_and_a_zero_fan_out_is_not():
     assert (model[2].weight[:, 7:] == 0).all()
     assert (rows == 0).all()
     assert columns.norm(dim=0).min() > 1e-3
+
+
+@pytest.mark.parametrize(("zero", "gain"), [("fan_in", 1e-5**0.5), ("fan_out", 1.0)])
+def test_a_batch_norm_multiplies_what_is_small_by_little_and_what_is_not_by_one(zero, gain):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 6)).double()
+    before = {mode: copy.deepcopy(model).train(mode)(X).detach() for mode in (False, True)}
+    apply_(model, [gradmax(model, trace(model, X)["0"], OBJECTIVE, 2, zero=zero)])
+    torch.testing.assert_close(model[1].weight.detach()[6:], torch.full((2,), gain, dtype=torch.float64))
+    for mode, y in before.items():
+        torch.testing.assert_close(copy.deepcopy(model).train(mode)(X), y)
 
 
 def test_a_zero_fan_out_is_the_optimum_of_linear_units_seen_from_the_other_side():

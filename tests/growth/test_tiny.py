@@ -1,6 +1,7 @@
 """TINY's own properties: what is left of the bottleneck, the best step of present weights, where it does nothing."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_grow.criteria import Objective, bottlenecks
+from lightning_grow.criteria.bottleneck import with_best_signs
 from lightning_grow.criteria.new_units import NewUnits
 from lightning_grow.growth import Tiny, tiny
 from lightning_grow.structure import StructureError, trace
@@ -186,6 +188,41 @@ def test_the_same_samples_in_several_batches_give_the_same():
     assert halves.goal == pytest.approx(whole.goal, rel=1e-12)
     torch.testing.assert_close(halves.values, whole.values)
     torch.testing.assert_close(halves.fan_in, whole.fan_in)
+
+
+def test_behind_a_rectifier_each_unit_has_the_sign_that_lowers_the_loss():
+    """Measured unit by unit on the model, at a small amplitude; what raises the loss with both signs is gone."""
+    model = perceptron(nn.ReLU(), hidden=2)
+    group = trace(model, X)["0"]
+    found = bottlenecks(model, [group], OBJECTIVE)[1]
+    k = len(found["0"].values)
+    chosen = with_best_signs(model, found, {"0": k}, OBJECTIVE)["0"]
+
+    def change(fan_in, fan_out, amplitude=1e-6):
+        grown = perceptron(nn.ReLU(), hidden=2)
+        apply_(grown, [replace(found["0"], fan_in=fan_in, fan_out=fan_out).edit(model, 1, amplitude)])
+        return OBJECTIVE.value(grown) - OBJECTIVE.value(model)
+
+    expected = []
+    for unit in range(k):
+        a, b = found["0"].fan_in[unit : unit + 1], found["0"].fan_out[unit : unit + 1]
+        best = min((1.0, -1.0), key=lambda sign: change(sign * a, sign * b))
+        if change(best * a, best * b) < 0:
+            expected.append(best * a)
+    assert 0 < len(expected) == len(chosen.values)
+    torch.testing.assert_close(chosen.fan_in, torch.cat(expected))
+    other = replace(found["0"], fan_in=-found["0"].fan_in, fan_out=-found["0"].fan_out)
+    again = with_best_signs(model, {"0": other}, {"0": k}, OBJECTIVE)["0"]
+    torch.testing.assert_close(again.fan_in, chosen.fan_in)
+    torch.testing.assert_close(again.fan_out, chosen.fan_out)
+
+
+def test_without_an_activation_signs_mean_nothing_and_stay():
+    model = perceptron()
+    found = bottlenecks(model, [trace(model, X)["0"]], OBJECTIVE)[1]
+    chosen = with_best_signs(model, found, {"0": 2}, OBJECTIVE)["0"]
+    torch.testing.assert_close(chosen.fan_in, found["0"].fan_in[:2], rtol=0, atol=0)
+    torch.testing.assert_close(chosen.fan_out, found["0"].fan_out[:2], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("update_existing", [False, True])
