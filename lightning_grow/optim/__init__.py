@@ -1,0 +1,1 @@
+"""Optimizers that adapt their learning rate, in the grammar of ``torch.optim``."""

@@ -1,0 +1,118 @@
+"""Sums over lists of tensors and steps along them, with as few passes over memory as they need.
+
+A step of an optimizer is bound by memory traffic. Nothing here writes a temporary of the size of the parameters where
+torch can do without, and nothing waits for the device: sums are 0-d tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Rate = float | Tensor
+"""A step size: a number on the CPU, a 0-d tensor elsewhere, where reading a number would wait for the device."""
+
+
+def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    r"""Return :math:`\sum_i \langle x_i, y_i \rangle`, a 0-d tensor on the device of the first; 0 for empty lists.
+
+    Half precision is added up in float32; sums over tensors in float64 where the device has it.
+
+    Args:
+        xs: Tensors.
+        ys: As many, of the same shapes.
+
+    Example:
+        >>> dot([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])]).item()
+        11.0
+    """
+    return total([_dot(x, y) for x, y in zip(xs, ys, strict=True)])
+
+
+def squared_norm(xs: Sequence[Tensor]) -> Tensor:
+    r"""Return :math:`\sum_i \|x_i\|^2`, a 0-d tensor; 0 for an empty list.
+
+    Example:
+        >>> squared_norm([torch.tensor([3.0]), torch.tensor([4.0])]).item()
+        25.0
+    """
+    return total([_dot(x, x) for x in xs]) if _on_cpu(xs) else _foreach_squared_norm(xs)
+
+
+def total(sums: Sequence[Tensor]) -> Tensor:
+    """Add up 0-d tensors, in float64 where the device has it."""
+    if not sums:
+        return torch.zeros((), dtype=torch.float64)
+    device = sums[0].device
+    return torch.stack([s.to(device, wide_dtype(device)) for s in sums]).sum()
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the widest floating-point type that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def subtract_(params: Sequence[Tensor], directions: Sequence[Tensor], rate: Rate) -> None:
+    r"""Take a step: :math:`p_i \leftarrow p_i - \text{rate} \cdot d_i`, without a temporary.
+
+    Args:
+        params: What moves.
+        directions: As many, of the same shapes and types.
+        rate: The step size. If it is a tensor, it stays on its device.
+
+    Example:
+        >>> p = torch.ones(2)
+        >>> subtract_([p], [torch.tensor([1.0, 2.0])], 0.5)
+        >>> p
+        tensor([0.5000, 0.0000])
+    """
+    if not params:
+        return
+    if isinstance(rate, Tensor):
+        for p, d in zip(params, directions, strict=True):
+            p.addcmul_(d, rate.to(p.device, p.dtype), value=-1)
+    else:
+        torch._foreach_add_(list(params), list(directions), alpha=-rate)
+
+
+def as_rate(value: Rate, device: torch.device) -> Rate:
+    """Return a step size in the form that steps on a device want it: a number, or a 0-d tensor of the widest type."""
+    if device.type == "cpu":
+        return float(value)
+    if isinstance(value, Tensor):
+        return value.to(device, wide_dtype(device))
+    return torch.full((), value, dtype=wide_dtype(device), device=device)
+
+
+def clipped(value: Rate, low: float, high: float) -> Rate:
+    """Return a step size within bounds."""
+    if isinstance(value, Tensor):
+        return value if low == -math.inf and high == math.inf else value.clamp(low, high)
+    return min(max(value, low), high)
+
+
+def _on_cpu(xs: Sequence[Tensor]) -> bool:
+    return all(x.device.type == "cpu" for x in xs)
+
+
+def _foreach_squared_norm(xs: Sequence[Tensor]) -> Tensor:
+    narrow = [x for x in xs if x.dtype in _NARROW]
+    others = [x for x in xs if x.dtype not in _NARROW]
+    norms = [*torch._foreach_norm(narrow, 2, dtype=torch.float32)] if narrow else []
+    norms += [*torch._foreach_norm(others, 2)] if others else []
+    return total([norm.double().square() if norm.device.type != "mps" else norm.square() for norm in norms])
+
+
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    if x.dtype in _NARROW or y.dtype in _NARROW:
+        x, y = x.float(), y.float()
+    if x.stride() == y.stride() and torch._prims_common.is_non_overlapping_and_dense(x):
+        n = x.numel()
+        return torch.dot(x.as_strided((n,), (1,)), y.as_strided((n,), (1,)))
+    return (x * y).sum()
