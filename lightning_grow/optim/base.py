@@ -37,15 +37,17 @@ class AdaptiveOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check(group)
-            for p in group["params"]:
-                if torch.is_complex(p):
-                    raise ValueError(f"{type(self).__name__} does not support complex parameters.")
+            self._check_real(group)
         except ValueError:
             del self.param_groups[-1]
             raise
 
+    def _check_real(self, group: dict[str, Any]) -> None:
+        if any(p.is_complex() for p in group["params"]):
+            raise ValueError(f"{type(self).__name__} does not support complex parameters.")
+
     def _check(self, group: dict[str, Any]) -> None:
-        """Check the options of a param group; raise a ValueError that names the option, its range and what was found."""
+        """Check the options of a param group: raise a ValueError that names option, range and what was found."""
         at_least_zero(group, "lr", "weight_decay")
 
     def _run(self, closure: Closure | None) -> Tensor | float | None:
@@ -80,7 +82,7 @@ _WHY = {
 def at_least_zero(group: dict[str, Any], *names: str) -> None:
     """Check that options are numbers of at least 0."""
     for name in names:
-        if name in group and not 0 <= float(group[name]):
+        if name in group and not float(group[name]) >= 0:
             raise ValueError(f"Expected `{name}` of at least 0, found {group[name]!r}.")
 
 

@@ -87,6 +87,22 @@ def as_rate(value: Rate, device: torch.device) -> Rate:
     return torch.full((), value, dtype=wide_dtype(device), device=device)
 
 
+def as_flat(x: Tensor) -> Tensor | None:
+    """Return the entries of a tensor as a vector, in the order of memory; None if they do not fill a stretch of it."""
+    return x.as_strided((x.numel(),), (1,)) if _is_dense(x) else None
+
+
+def can_fuse(*lists: Sequence[Tensor]) -> bool:
+    """Whether torch's fused kernels take these tensors: of one type, on one CPU or CUDA device, laid out alike."""
+    first = lists[0][0]
+    return (
+        first.device.type in ("cpu", "cuda")
+        and first.is_floating_point()
+        and all(x.device == first.device and x.dtype == first.dtype for xs in lists for x in xs)
+        and all(len({x.stride() for x in row}) == 1 and _is_dense(row[0]) for row in zip(*lists, strict=True))
+    )
+
+
 def clipped(value: Rate, low: float, high: float) -> Rate:
     """Return a step size within bounds."""
     if isinstance(value, Tensor):
@@ -112,7 +128,15 @@ _NARROW = (torch.float16, torch.bfloat16)
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     if x.dtype in _NARROW or y.dtype in _NARROW:
         x, y = x.float(), y.float()
-    if x.stride() == y.stride() and torch._prims_common.is_non_overlapping_and_dense(x):
-        n = x.numel()
-        return torch.dot(x.as_strided((n,), (1,)), y.as_strided((n,), (1,)))
-    return (x * y).sum()
+    flat = (as_flat(x), as_flat(y)) if x.stride() == y.stride() else (None, None)
+    return (x * y).sum() if flat[0] is None or flat[1] is None else torch.dot(flat[0], flat[1])
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the entries fill a stretch of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
