@@ -378,3 +378,44 @@ class FashionMNIST(ImageDataModule):
                 f"{tuple(images.shape)} and {tuple(labels.shape)}."
             )
         return images.unsqueeze(1), labels.long()
+
+
+class Indexed(Dataset[tuple[Any, Any]]):
+    """A dataset whose items are ``(index, item)``: for what is remembered of each example, as `ALIGPlus` does.
+
+    Batches are ``(indices, batch)``, with indices as int64 ``(batch,)``. A dataset that hands out whole batches keeps
+    doing so; its ``collate_fn`` must leave them as they are.
+
+    Args:
+        dataset: Any dataset with indices.
+
+    Raises:
+        TypeError: If it has none.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> data = Indexed(TensorDataset(torch.tensor([5.0, 6.0, 7.0])))
+        >>> indices, (x,) = next(iter(DataLoader(data, batch_size=2)))
+        >>> indices, x
+        (tensor([0, 1]), tensor([5., 6.]))
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise TypeError(
+                f"{type(dataset).__name__} has no indices: examples of a stream cannot be told apart. Use a dataset "
+                "with `__len__` and `__getitem__`."
+            )
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return index, self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        if not hasattr(self.dataset, "__getitems__"):
+            return [self[index] for index in indices]
+        items = self.dataset.__getitems__(indices)
+        return list(zip(indices, items, strict=True)) if isinstance(items, list) else (torch.as_tensor(indices), items)

@@ -82,6 +82,8 @@ _NAMED = {
     "master_param": WEIGHT,
     "master_params": WEIGHT,
     "param_copy": WEIGHT,
+    "bundle_start": WEIGHT,
+    "bundle_gradients": GRADIENT,
 }
 _OF_OPTIMIZER = {("RMSprop", "momentum_buffer"): UPDATE}
 _HINTS = ((("step_size", "lr", "gain"), RATE), (("inf", "abs", "norm"), MAGNITUDE))
