@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "costs": CORE,
     "planning": (*CORE, "costs"),
     "optim": (),
-    "trainer": (*CORE, "surgery", "criteria", "costs", "planning"),
+    "trainer": (*CORE, "surgery", "criteria", "costs", "planning", "optim"),  # losses are fed to optimizers
     **dict.fromkeys(METHODS, (*CORE, "surgery", "criteria", "costs", "planning", "trainer")),
     "testing": (*CORE, "surgery", "criteria", "costs"),
     "data": (),

@@ -80,8 +80,6 @@ class ALIGPlus(LossOptimizer):
         about examples that were not seen, and over several processes, is ours.
     """
 
-    max_epochs: int | None
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -107,7 +105,8 @@ class ALIGPlus(LossOptimizer):
             raise ValueError(f"Expected `num_updates` of at least 0, found {num_updates!r}.")
         if track not in ("best", "last"):
             raise ValueError(f"Expected `track` to be 'best' or 'last', found {track!r}.")
-        self._fed_examples: list[_Fed] = []
+        self._waiting: list[_Fed] = []  # changed in place, as wrappers of the optimizer share it
+        self._plan: dict[str, Any] = {"max_epochs": max_epochs, "num_updates": num_updates, "track": track}
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -120,19 +119,32 @@ class ALIGPlus(LossOptimizer):
             "capturable": capturable,
         }
         super().__init__(params, defaults)
-        self.max_epochs, self.num_updates, self.track = max_epochs, num_updates, track
         if num_examples is not None:
             self._grow_to(num_examples)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("max_epochs", "num_updates", "track")}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), "_plan": self._plan}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_fed_examples", [])
+        self.__dict__.setdefault("_waiting", [])
+
+    @property
+    def max_epochs(self) -> int | None:
+        """Epochs of the run; may be set."""
+        number: int | None = self._plan["max_epochs"]
+        return number
+
+    @max_epochs.setter
+    def max_epochs(self, number: int | None) -> None:
+        self._plan["max_epochs"] = number
+
+    @property
+    def num_updates(self) -> int:
+        """How many times estimates are updated."""
+        return int(self._plan["num_updates"])
 
     @property
     def optimal_values(self) -> Tensor:
@@ -168,13 +180,13 @@ class ALIGPlus(LossOptimizer):
         size = self._notes.get("examples", {}).get("size")
         if low < 0 or (size is not None and high >= size):
             raise IndexError(f"Index {low if low < 0 else high} is not one of {size or 'the'} examples.")
-        self._fed_examples.append(_Fed(indices.detach(), losses.detach(), self._gradients_now()))
+        self._waiting.append(_Fed(indices.detach(), losses.detach(), self._gradients_now()))
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and the examples that were fed for them."""
         now = self._gradients_now()
-        self._fed_examples = [fed for fed in self._fed_examples[-1:] if fed.gradients == now]
+        self._waiting[:] = [fed for fed in self._waiting[-1:] if fed.gradients == now]
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -191,8 +203,9 @@ class ALIGPlus(LossOptimizer):
             RuntimeError: If the examples are not known, or too many steps in a row were skipped.
         """
         returned = self._run(closure)
-        self._fed = None  # the losses of the examples are what counts
-        fed, self._fed_examples = self._fed_examples, []
+        self._door.loss = None  # the losses of the examples are what counts
+        fed = list(self._waiting)
+        self._waiting.clear()
         work = [(group, *self._with_gradients(group)) for group in self.param_groups]
         grads = [g for _, _, own in work for g in own]
         if not fed and not grads and returned is None and ranks_of_processes() == 1:
@@ -242,7 +255,7 @@ class ALIGPlus(LossOptimizer):
         known = current.isfinite()
         both = known & best.isfinite()
         is_better = not bool(both.any()) or bool(current[both].mean() < best[both].mean())
-        taken = known if self.track == "last" or is_other_network or is_better else known & ~both
+        taken = known if self._plan["track"] == "last" or is_other_network or is_better else known & ~both
         best[taken] = current[taken]
         if self.num_updates and self.max_epochs is not None:
             period = max(1, self.max_epochs // self.num_updates)

@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 import torch.distributed
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_grow.optim.base import AdaptiveOptimizer, Closure
 from lightning_grow.optim.tensors import squared_norm, wide_dtype
@@ -28,6 +29,13 @@ from lightning_grow.optim.tensors import squared_norm, wide_dtype
 log = logging.getLogger(__name__)
 
 Loss = Tensor | float
+
+
+class _Door:
+    """Where a loss waits for its step: an object, so that wrappers of the optimizer, as a Trainer has, share it."""
+
+    loss: Loss | None = None
+    gradients: tuple[tuple[int, int], ...] = ()
 
 
 class LossOptimizer(AdaptiveOptimizer):
@@ -41,13 +49,17 @@ class LossOptimizer(AdaptiveOptimizer):
         defaults: Options of a param group, with ``max_skips``, ``lr``, ``maximize`` and ``foreach`` among them.
     """
 
-    _fed: Loss | None = None
-    _gradients_then: tuple[tuple[int, int], ...] = ()
     has_feed = False
     """Whether somebody promised to set the loss before each step: a `LossFeed`."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._door = _Door()
         super().__init__(params, defaults)
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_door", _Door())
 
     @property
     def skipped(self) -> int:
@@ -70,20 +82,21 @@ class LossOptimizer(AdaptiveOptimizer):
             if loss.numel() != 1:
                 raise ValueError(f"Expected a loss of one number, found a tensor of shape {tuple(loss.shape)}.")
             loss = loss.detach()
-        self._fed = loss
-        self._gradients_then = self._gradients_now()
+        self._door.loss = loss
+        self._door.gradients = self._gradients_now()
 
     def add_loss(self, loss: Loss) -> None:
         """Add to the loss of the next step: once for each backward pass before it."""
-        before = self._fed
+        before = self._door.loss
         self.set_loss(loss)
-        if before is not None and self._fed is not None:
-            self._fed = before + self._fed
+        if before is not None and self._door.loss is not None:
+            self._door.loss = before + self._door.loss
 
+    @override
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and the loss that was set for them."""
-        if self._gradients_now() != self._gradients_then:
-            self._fed = None
+        if self._gradients_now() != self._door.gradients:
+            self._door.loss = None
         super().zero_grad(set_to_none)
 
     def _gradients_now(self) -> tuple[tuple[int, int], ...]:
@@ -91,11 +104,13 @@ class LossOptimizer(AdaptiveOptimizer):
         grads = (p.grad for group in self.param_groups for p in group["params"])
         return tuple((0, 0) if g is None else (id(g), g._version) for g in grads)
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned. What belongs to no single parameter is copied."""
         super().load_state_dict(state_dict)
         self._notes.update({key: copy.deepcopy(value) for key, value in self._notes.items() if isinstance(key, str)})
 
+    @override
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
         if group.get("maximize"):
@@ -116,7 +131,7 @@ class LossOptimizer(AdaptiveOptimizer):
             RuntimeError: If there are gradients, but no closure, and no loss was set.
         """
         returned = self._run(closure)
-        fed, self._fed = self._fed, None
+        fed, self._door.loss = self._door.loss, None
         loss = returned if fed is None else fed
         if loss is None and closure is None:
             if any(p.grad is not None for group in self.param_groups for p in group["params"]):

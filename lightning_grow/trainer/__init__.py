@@ -3,6 +3,7 @@
 from lightning_grow.trainer.budget import Budget
 from lightning_grow.trainer.editing import editing
 from lightning_grow.trainer.history import History
+from lightning_grow.trainer.loss_feed import LossFeed
 from lightning_grow.trainer.occasion import Occasion
 from lightning_grow.trainer.proposal import BlockEdit, Change, Proposal
 from lightning_grow.trainer.record import Event, Record
@@ -16,6 +17,7 @@ __all__ = [
     "Change",
     "Event",
     "History",
+    "LossFeed",
     "Occasion",
     "Proposal",
     "Record",
