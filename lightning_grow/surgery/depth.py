@@ -75,7 +75,7 @@ def insert_(model: nn.Module, stack: Stack, at: int, optimizers: Iterable[Any] =
     leaves = [name.rpartition(".")[2] for name in stack.blocks]
     behind = leaves[at] if at < len(leaves) else next(iter(names[names.index(leaves[-1]) + 1 :]), "")
     with torch.inference_mode(False), torch.no_grad():
-        memberships = _memberships(model, optimizers)
+        memberships, named = _memberships(model, optimizers), _names(model)
         with Commit(model, [*neighbour.parameters(), *neighbour.buffers()]) as commit:
             block = _copy(model, neighbour, (*stack.zeroed, *stack.identity), stack.name)
             _check_square(block, stack)
@@ -88,6 +88,7 @@ def insert_(model: nn.Module, stack: Stack, at: int, optimizers: Iterable[Any] =
             twins = _pairs(neighbour, block)
             for membership in memberships:
                 membership.add_(commit, twins, list(model.parameters()))
+                membership.rename_(commit, named, _names(model))
         _warn(model, stack)
 
 
@@ -122,7 +123,7 @@ def remove_(model: nn.Module, stack: Stack, at: int, optimizers: Iterable[Any] =
     container = model.get_submodule(path)
     leaf = stack.blocks[at].rpartition(".")[2]
     with torch.inference_mode(False), torch.no_grad():
-        memberships = _memberships(model, optimizers)
+        memberships, named = _memberships(model, optimizers), _names(model)
         with Commit(model, ()) as commit:
             later = _behind(container, blocks[-1])
             _count(commit, model, stack, at, insert=False)
@@ -133,6 +134,7 @@ def remove_(model: nn.Module, stack: Stack, at: int, optimizers: Iterable[Any] =
             gone = [p for p in blocks[at].parameters() if id(p) not in left]
             for membership in memberships:
                 membership.remove_(commit, gone)
+                membership.rename_(commit, named, _names(model))
         _warn(model, stack)
 
 
@@ -170,6 +172,10 @@ def _memberships(model: nn.Module, optimizers: Iterable[Any]) -> list[Membership
     if hasattr(optimizers, "param_groups"):
         raise TypeError("optimizers must be a list of optimizers, but is one optimizer; pass [optimizer].")
     return [Membership(optimizer, list(model.parameters())) for optimizer in optimizers]
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(p): name for name, p in model.named_parameters()}
 
 
 def _copy(model: nn.Module, block: nn.Module, changed: Sequence[str], stack: str) -> nn.Module:

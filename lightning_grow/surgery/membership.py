@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +28,11 @@ class Membership:
         self._memory = OptimizerMemory(optimizer, model_parameters)
         self._optimizer = optimizer
         self._order = {id(p): i for i, p in enumerate(model_parameters)}
+        self._names = [
+            (group, dict(zip(map(id, group["params"]), group["param_names"], strict=True)))
+            for group in self._groups()
+            if len(group.get("param_names", ())) == len(group["params"]) > 0
+        ]
 
     def add_(self, commit: Commit, twins: Sequence[tuple[Tensor, Tensor]], model_parameters: Sequence[Tensor]) -> None:
         """Let new parameters join the groups of their twins.
@@ -77,6 +82,24 @@ class Membership:
             kept = {key: value for key, value in container.items() if id(key) not in ids}
             if len(kept) < len(container):
                 commit.contents(container, kept)
+
+    def rename_(self, commit: Commit, before: Mapping[int, str], after: Mapping[int, str]) -> None:
+        """Let the names that param groups keep of their parameters follow, after `add_` or `remove_`.
+
+        Args:
+            commit: Where changes are written down.
+            before: Names in the model, by the id of the parameter, before the change.
+            after: The same, after it.
+        """
+        for group, names in self._names:
+            known = [(name, before[key]) for key, name in names.items() if name.endswith(before.get(key, "?"))]
+            prefix = known[0][0].removesuffix(known[0][1]) if known else ""
+            own = {key for key, name in names.items() if name != prefix + before.get(key, "?")}
+            renamed = [
+                names[id(p)] if id(p) in own else prefix + after[id(p)] if id(p) in after else names.get(id(p), "")
+                for p in group["params"]
+            ]
+            commit.contents(group["param_names"], renamed)
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return all param groups, each list of parameters once."""

@@ -186,6 +186,18 @@ def test_new_parameters_join_the_groups_of_their_neighbours_where_a_new_optimize
     train(model, optimizer)
 
 
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_names_that_an_optimizer_keeps_follow(prefix: str) -> None:
+    model = deep()
+    optimizer = torch.optim.AdamW([(prefix + name, p) for name, p in model.named_parameters()])
+    for change in (
+        lambda: insert_(model, stack(model), 1, [optimizer]),
+        lambda: remove_(model, stack(model), 0, [optimizer]),
+    ):
+        change()
+        assert optimizer.param_groups[0]["param_names"] == [prefix + name for name, _ in model.named_parameters()]
+
+
 def test_two_optimizers_each_take_their_own() -> None:
     model = deep()
     biases = torch.optim.SGD([p for n, p in model.named_parameters() if n.endswith("bias")], lr=0.1)
