@@ -1,0 +1,166 @@
+"""The directions of base optimizers: that of the last step, from what is remembered of it, and the next one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grow.optim.kept import KEY
+from lightning_grow.optim.tensors import Rate, subtract_
+
+States = Sequence[Mapping[str, Any]]
+
+
+class Direction(ABC):
+    """How a base optimizer goes: piece by piece, or by a kernel of torch's for a list of tensors with one rate.
+
+    Attributes:
+        last_needs: Names of the state that the last direction is computed from.
+        next_needs: Names of the state that the next direction is computed from.
+        has_scratch: Whether directions are tensors of their own.
+    """
+
+    last_needs: ClassVar[tuple[str, ...]]
+    next_needs: ClassVar[tuple[str, ...]]
+    has_scratch: ClassVar[bool] = True
+
+    def begin(self, param: Tensor, state: MutableMapping[str, Any]) -> None:
+        """Fill in what is not there yet, and count the step."""
+        for name in self.next_needs:
+            if name not in state:
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    @abstractmethod
+    def last(self, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
+        """Return the direction of the last step, from pieces of what `last_needs` names."""
+
+    @abstractmethod
+    def next(self, grad: Tensor, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
+        """Return the direction of the next step; pieces of what `next_needs` names take in the gradient."""
+
+    @abstractmethod
+    def fused_(self, params: list[Tensor], grads: list[Tensor], states: States, rate: Rate) -> None:
+        """Take the step of tensors that `fuses` has found fit."""
+
+
+class Gradient(Direction):
+    """Gradient descent: the gradient."""
+
+    last_needs = (KEY,)
+    next_needs = ()
+    has_scratch = False
+
+    @override
+    def last(self, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
+        return remembered[0]
+
+    @override
+    def next(self, grad: Tensor, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
+        return grad
+
+    @override
+    def fused_(self, params: list[Tensor], grads: list[Tensor], states: States, rate: Rate) -> None:
+        subtract_(params, grads, rate)
+
+
+class Nesterov(Direction):
+    """Gradient descent with Nesterov's momentum: ``g + momentum * v`` with ``v = momentum * v + g``."""
+
+    last_needs = (KEY, "momentum_buffer")
+    next_needs = ("momentum_buffer",)
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+
+    @override
+    def last(self, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
+        return torch.add(remembered[0], remembered[1], alpha=self.momentum)
+
+    @override
+    def next(self, grad: Tensor, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
+        v = remembered[0].mul_(self.momentum).add_(grad)
+        return grad + self.momentum * v
+
+    @override
+    def fused_(self, params: list[Tensor], grads: list[Tensor], states: States, rate: Rate) -> None:
+        torch._fused_sgd_(
+            params,
+            grads,
+            [state["momentum_buffer"] for state in states],
+            weight_decay=0.0,
+            momentum=self.momentum,
+            lr=rate.float() if isinstance(rate, Tensor) else rate,
+            dampening=0.0,
+            nesterov=self.momentum > 0,
+            maximize=False,
+            is_first_step=False,
+        )
+
+
+class Adam(Direction):
+    """Adam: the first moment over the root of the second, both corrected for their start at zero, as torch has it."""
+
+    last_needs = ("exp_avg", "exp_avg_sq")
+    next_needs = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, betas: tuple[float, float], eps: float) -> None:
+        self.betas, self.eps = betas, eps
+
+    @override
+    def begin(self, param: Tensor, state: MutableMapping[str, Any]) -> None:
+        super().begin(param, state)
+        state["step"] = state.get("step", 0) + 1
+
+    @override
+    def last(self, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
+        first, second = (1 - beta ** state["step"] for beta in self.betas)
+        u = remembered[1].sqrt()
+        u.mul_(first / second**0.5).add_(self.eps * first)
+        return torch.div(remembered[0], u, out=u)
+
+    @override
+    def next(self, grad: Tensor, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
+        m, s = remembered[:2]
+        m.lerp_(grad, 1 - self.betas[0])
+        s.mul_(self.betas[1]).addcmul_(grad, grad, value=1 - self.betas[1])
+        return self.last(remembered, state)
+
+    @override
+    def fused_(self, params: list[Tensor], grads: list[Tensor], states: States, rate: Rate) -> None:
+        counts = {state["step"] for state in states}
+        steps = {n: torch.full((), n, dtype=torch.float32, device=params[0].device) for n in counts}
+        torch._fused_adam_(
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [steps[state["step"]] for state in states],
+            amsgrad=False,
+            lr=rate.float() if isinstance(rate, Tensor) else rate,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=0.0,
+            eps=self.eps,
+            maximize=False,
+        )
+
+
+def direction_of(group: Mapping[str, Any]) -> Direction:
+    """Return how the base of a param group goes."""
+    if group["base"] == "adam":
+        return Adam(group["betas"], group["eps"])
+    return Nesterov(group["momentum"]) if group["base"] == "sgdn" else Gradient()
+
+
+def fuses(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """Whether torch's kernels for lists take these tensors: contiguous, and of one type on one CPU or CUDA device."""
+    device, dtype = params[0].device, params[0].dtype
+    return device.type in ("cpu", "cuda") and all(
+        x.is_contiguous() and x.dtype == dtype and x.device == device for xs in (params, grads) for x in xs
+    )
