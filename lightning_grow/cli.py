@@ -403,6 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.filterwarnings("ignore", r"[\s\S]*skip_none parameter")  # skip_unset is not in older jsonargparse
             warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # Lightning with newer torch
             warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data of the recipes is in memory
+            warnings.filterwarnings("ignore", ".*configure_optimizers` will be overridden.*")  # a recipe says so
             commands = {"inspect": inspect_command, "plan": plan_command, "plot": plot_command}
             if args[0] in commands:
                 commands[args[0]](args[1:])
