@@ -5,6 +5,7 @@ Only plain numbers come in, so a picture can be drawn while a run lives, or long
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,7 @@ _FAINT = "#8a97a3"
 _GRID = "#e6eaee"
 _LOSS = "#2b6cb0"
 _HELD_OUT = "#c05621"
+_LEVELS = (_INK, _LOSS, "#2f855a", _HELD_OUT, "#6b46c1")
 _PALETTES = ("Blues", "Oranges", "Greens", "Purples", "Reds", "Greys")
 _MAX_LABELS = 14
 
@@ -60,6 +62,23 @@ class Curve:
     values: Sequence[float]
     held_out: bool = False
     faint: bool = False
+
+
+@dataclass(frozen=True)
+class RateCurve:
+    """A learning rate over the steps, or many of one level.
+
+    Attributes:
+        steps: Optimizer steps done.
+        values: The rate there, or the mean of many.
+        low: The lowest of many.
+        high: The highest of many.
+    """
+
+    steps: Sequence[float]
+    values: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
 
 
 def plot_architecture(
@@ -119,6 +138,137 @@ def plot_architecture(
     return figure
 
 
+def plot_learning_rates(rates: Mapping[str, RateCurve], *, title: str = "") -> Figure:
+    """Draw learning rates against optimizer steps, a panel for each level, and the weights of the levels.
+
+    Args:
+        rates: By name. What stands before the first slash is the level (``layer/fc1``, ``unit/fc1``, ``weight/unit``);
+            names without a slash, such as ``lr``, are those of everything.
+        title: Stands above the picture.
+
+    Returns:
+        A figure; ``figure.savefig(path)`` writes it. No window is opened and pyplot is left alone.
+
+    Raises:
+        ValueError: If there is no rate.
+
+    Example:
+        >>> curves = {"lr": RateCurve([1, 2], [0.1, 0.2]), "weight/global": RateCurve([1, 2], [0.5, 0.6])}
+        >>> [axes.get_ylabel() for axes in plot_learning_rates(curves).axes]
+        ['learning rate', 'weight of level']
+    """
+    if not rates:
+        raise ValueError("There is nothing to draw: expected at least one learning rate, found none.")
+    panels: dict[str, dict[str, RateCurve]] = {}
+    for name, curve in rates.items():
+        level, _, rest = name.partition("/")
+        is_of_all = not rest or rest.isdigit() or rest.startswith("optimizer")
+        panels.setdefault("" if is_of_all else level, {})[name if is_of_all else rest] = curve
+    order: list[str] = [level for level in ("", "layer", "unit", "parameter") if level in panels]
+    order += [level for level in panels if level not in (*order, "weight")]
+    order += ["weight"] * ("weight" in panels)
+    labels = {"": "learning rate", "weight": "weight of level"} | {
+        level: f"rate of each {level}" for level in order if level not in ("", "weight")
+    }
+    members = [name for level in ("layer", "unit", "parameter") for name in _shortened(panels.get(level, {}))]
+    own = set(_shortened(panels.get("parameter", {})))
+    layers = list(dict.fromkeys(name.rpartition(".")[0] if name in own else name for name in members))
+    shades = dict(zip(layers, mpl.colormaps["turbo"](np.linspace(0.08, 0.92, len(layers))), strict=True))
+    end = max((curve.steps[-1] for curve in rates.values() if len(curve.steps)), default=1)
+    with mpl.rc_context({"font.family": "sans-serif", "font.size": 10, "axes.edgecolor": _FAINT}):
+        figure = Figure(figsize=(9, 1.0 + 2.3 * len(order)), layout="constrained", facecolor="white")
+        named: set[str] = set()
+        for level, panel in zip(order, figure.subplots(len(order), 1, sharex=True, squeeze=False)[:, 0], strict=True):
+            curves = panels[level] if level in ("", "weight") else _shortened(panels[level])
+            has_names = not set(curves) <= named  # colours of layers are explained once
+            _draw_rates(panel, curves, shades, end, is_log=level != "weight", has_names=has_names)
+            named |= set(curves)
+            panel.set_ylabel(labels[level], color=_INK)
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.tick_params(colors=_INK, length=3)
+            panel.grid(axis="y", color=_GRID, linewidth=0.8)
+            panel.set_axisbelow(True)
+            panel.set_xlim(0, end)
+        figure.axes[-1].set_xlabel("optimizer steps", color=_INK)
+        figure.align_ylabels()
+        figure.axes[0].set_title(title, loc="left", color=_INK, fontsize=12, pad=12)
+    return figure
+
+
+def _draw_rates(
+    panel: Axes,
+    curves: Mapping[str, RateCurve],
+    shades: Mapping[str, Any],
+    end: float,
+    *,
+    is_log: bool,
+    has_names: bool,
+) -> None:
+    """Draw the rates of one level, the range of those that they stand for, and names where there is room."""
+    ends, lowest, highest = [], math.inf, 0.0
+    for number, (name, curve) in enumerate(curves.items()):
+        layer = name if name in shades else name.rpartition(".")[0]
+        colour = shades.get(layer, _LEVELS[number % len(_LEVELS)])
+        values = np.asarray(curve.values, float)
+        panel.plot(curve.steps, values, color=colour, linewidth=1.6, label=name)
+        lowest, highest = min([lowest, *values[values > 0]]), max([highest, *values])
+        ends.append((name, float(values[-1]), colour))
+    ranges = [curve for curve in curves.values() if curve.low is not None and curve.high is not None]
+    if ranges:
+        steps = sorted({step for curve in ranges for step in curve.steps})
+        low = np.min([_held(curve, curve.low or (), steps) for curve in ranges], axis=0)
+        high = np.max([_held(curve, curve.high or (), steps) for curve in ranges], axis=0)
+        panel.fill_between(steps, low, high, color=_FAINT, alpha=0.18, linewidth=0)
+        highest = max(highest, float(high.max()))
+    bottom = 0.0
+    if not is_log:
+        panel.set_ylim(0, 1)
+    elif highest > 5 * lowest:
+        bottom = lowest / 2
+        panel.set_yscale("log")
+        panel.set_ylim(bottom, highest * 1.5)
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        panel.set_ylim(0, highest * 1.1 or 1)
+    if not has_names or len(ends) > _MAX_LABELS:
+        note = f"{len(ends)} of them" if len(ends) > _MAX_LABELS else ""
+        panel.annotate(note, xy=(1.01, 0.5), xycoords="axes fraction", va="center", fontsize=8.5, color=_INK)
+        return
+    to_axes = panel.transScale + panel.transLimits
+    heights = [float(to_axes.transform((end, max(y, bottom)))[1]) for _, y, _ in ends]
+    order = np.argsort(heights, kind="stable")
+    places = _spread([heights[i] for i in order], 0.085)
+    places = [at - max(0.0, places[-1] - 1.0) for at in places]
+    for i, at in zip(order, places, strict=True):
+        name, _, colour = ends[i]
+        panel.annotate(
+            name,
+            xy=(1.0, heights[i]),
+            xytext=(1.05, at),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            annotation_clip=False,
+            va="center",
+            fontsize=8.5,
+            color=_INK,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 1.2,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 0,
+            },
+        )
+
+
+def _held(curve: RateCurve, values: Sequence[float], steps: Sequence[float]) -> NDArray[Any]:
+    """Return values at given steps, between those that are known in a straight line."""
+    found: NDArray[Any] = np.interp(steps, curve.steps, values)
+    return found
+
+
 def _headline(title: str, snapshots: Sequence[Snapshot]) -> str:
     first, last = snapshots[0].parameters, snapshots[-1].parameters
     change = "" if first is None or last is None else f"{first:,} → {last:,} parameters"
@@ -142,6 +292,15 @@ def _series(
     steps = np.array([*(s.step for s in snapshots), end], dtype=float)
     rows = np.array([[getattr(s, which).get(name, 0) for s in (*snapshots, snapshots[-1])] for name in names])
     return steps, rows.reshape(len(names), len(steps))
+
+
+def _shortened(curves: Mapping[str, RateCurve]) -> dict[str, RateCurve]:
+    """Drop the leading modules that all names share."""
+    names = [name.split(".") for name in curves]
+    cut = 0
+    while names and all(len(name) > cut + 1 and name[cut] == names[0][cut] for name in names):
+        cut += 1
+    return {".".join(name.split(".")[cut:]): curve for name, curve in curves.items()}
 
 
 def _without_common_prefix(snapshots: Sequence[Snapshot]) -> list[Snapshot]:

@@ -17,7 +17,15 @@ MAY_IMPORT = {
     "costs": CORE,
     "planning": (*CORE, "costs"),
     "optim": (),
-    "trainer": (*CORE, "surgery", "criteria", "costs", "planning", "optim"),  # losses are fed to optimizers
+    "trainer": (
+        *CORE,
+        "surgery",
+        "criteria",
+        "costs",
+        "planning",
+        "optim",
+        "plot",
+    ),  # losses are fed to optimizers, rates drawn
     **dict.fromkeys(METHODS, (*CORE, "surgery", "criteria", "costs", "planning", "trainer")),
     "testing": (*CORE, "surgery", "criteria", "costs"),
     "data": (),

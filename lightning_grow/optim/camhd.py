@@ -347,12 +347,10 @@ def _measured(ladder: Ladder, direction: Direction, moving: Sequence[_Moving]) -
     weighted: list[Tensor] = []
     for m in moving:
         num_units = ladder.num_units(m.place)
-        if not direction.has_scratch and not ladder.has_parameters:
-            u = direction.last([m.state[name] for name in direction.last_needs], m.state)
-            sums[m.place] = unit_products(_wide(m.grad), _wide(u), num_units)
-            continue
-        found = []
-        for piece in _in_pieces(ladder, direction, m, [m.grad], direction.last_needs):
+        found: list[Tensor] = []
+        for piece in _in_pieces(
+            ladder, m, [m.grad], direction.last_needs, has_scratch=direction.has_scratch or num_units > 1
+        ):
             grad, *parts = piece.tensors
             u, grad = _wide(direction.last(parts, m.state)), _wide(grad)
             if not ladder.has_parameters:
@@ -383,7 +381,7 @@ def _move(ladder: Ladder, direction: Direction, moving: Sequence[_Moving]) -> No
         moving = _move_fused(ladder, direction, moving)
     for m in moving:
         common, share, own = ladder.common(m.place), ladder.share_of_parameters, None
-        for piece in _in_pieces(ladder, direction, m, [m.param, m.grad], direction.next_needs):
+        for piece in _in_pieces(ladder, m, [m.param, m.grad], direction.next_needs, has_scratch=direction.has_scratch):
             p, grad, *parts = piece.tensors
             u, rate = direction.next(grad, parts, m.state), of_units(common, piece)
             if ladder.has_parameters:
@@ -412,14 +410,14 @@ def _move_fused(ladder: Ladder, direction: Direction, moving: Sequence[_Moving])
 
 
 def _in_pieces(
-    ladder: Ladder, direction: Direction, m: _Moving, tensors: list[Tensor], names: Sequence[str]
+    ladder: Ladder, m: _Moving, tensors: list[Tensor], names: Sequence[str], *, has_scratch: bool
 ) -> list[Piece]:
     """Return tensors, state, and rates of parameters if there are any, in pieces where that keeps them in the cache."""
     tensors = [*tensors, *(m.state[name] for name in names)]
     if ladder.has_parameters:
         tensors.append(m.state[PARAMETER])
-    is_worth_it = m.param.device.type == "cpu" and (direction.has_scratch or ladder.has_parameters)
-    chunk = CHUNK if ladder.group["foreach"] is not False and is_worth_it else None
+    is_worth_it = m.param.device.type == "cpu" and (has_scratch or ladder.has_parameters)
+    chunk = CHUNK if is_worth_it and ladder.group["foreach"] is not False else None
     return pieces(tensors, ladder.num_units(m.place), chunk)
 
 

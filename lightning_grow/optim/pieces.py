@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_grow.optim.tensors import Rate, as_flat
 
-CHUNK = 2**18
+CHUNK = 2**17
 """Entries of a piece: what is computed from them stays in the cache of a CPU, and a call costs little beside it."""
 
 
@@ -66,17 +66,16 @@ def unit_sums(products: Tensor, num_units: int) -> Tensor:
     """Return the sums over the entries of each unit of a piece, ``(units,)``; with one unit a number."""
     if num_units == 1:
         return products.sum()
-    return products if products.ndim == 1 else products.sum(dim=tuple(range(1, products.ndim)))
+    return products if products.ndim == 1 else products.flatten(1).sum(dim=1)
 
 
 def unit_products(x: Tensor, y: Tensor, num_units: int) -> Tensor:
-    """Return the same of a product, without its being written down where torch can do without."""
+    """Return the same of a product; with one unit, it is not written down where torch can do without."""
+    if num_units > 1:
+        return unit_sums(x * y, num_units)
+    if x.ndim == 1 and x.stride() == y.stride() == (1,):
+        return torch.dot(x, y)
     if x.is_contiguous() and y.is_contiguous():
-        if num_units == 1:
-            return torch.dot(x, y) if x.ndim == 1 else torch.dot(x.view(-1), y.view(-1))
-        return x * y if x.ndim == 1 else torch.linalg.vecdot(x.flatten(1), y.flatten(1))
-    if num_units == 1 and x.stride() == y.stride():
-        flat = as_flat(x), as_flat(y)
-        if flat[0] is not None and flat[1] is not None:
-            return torch.dot(flat[0], flat[1])
-    return unit_sums(x * y, num_units)
+        return torch.dot(x.view(-1), y.view(-1))
+    flat = (as_flat(x), as_flat(y)) if x.stride() == y.stride() else (None, None)
+    return (x * y).sum() if flat[0] is None or flat[1] is None else torch.dot(flat[0], flat[1])
