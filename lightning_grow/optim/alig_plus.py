@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_grow.optim.ball import shapes_of
 from lightning_grow.optim.base import at_least_zero, within
-from lightning_grow.optim.loss import LossOptimizer, is_finite, ranks_of_processes
+from lightning_grow.optim.loss import LossOptimizer, is_finite, ranks_of_processes, refuse_trainer
 from lightning_grow.optim.polyak import polyak_move_, polyak_rate
 
 
@@ -180,7 +180,7 @@ class ALIGPlus(LossOptimizer):
         size = self._notes.get("examples", {}).get("size")
         if low < 0 or (size is not None and high >= size):
             raise IndexError(f"Index {low if low < 0 else high} is not one of {size or 'the'} examples.")
-        self._waiting.append(_Fed(indices.detach(), losses.detach(), self._gradients_now()))
+        self._waiting.append(_Fed(indices.detach(), losses.detach(), high, self._gradients_now()))
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -202,6 +202,9 @@ class ALIGPlus(LossOptimizer):
         Raises:
             RuntimeError: If the examples are not known, or too many steps in a row were skipped.
         """
+        if not self.has_feed:
+            nobody_ends_epochs = self.num_updates > 0 and self.max_epochs is None
+            refuse_trainer("ALIGPlus", closure, "trainer" if nobody_ends_epochs else "clipping")
         returned = self._run(closure)
         self._door.loss = None  # the losses of the examples are what counts
         fed = list(self._waiting)
@@ -220,7 +223,7 @@ class ALIGPlus(LossOptimizer):
         memory = self._memory()
         indices = torch.cat([f.indices for f in fed]).to(self._device)
         losses = torch.cat([f.losses for f in fed]).to(memory["optimal"])
-        self._grow_to(int(indices.max()) + 1)
+        self._grow_to(max(f.highest for f in fed) + 1)
         excess = self._mean_over_ranks((losses - memory["optimal"][indices]).mean())
         value, square = self._numbers(excess, grads, foreach=not any(self._is_slow(g) for g in self.param_groups))
         rates = [polyak_rate(value, square, g["eps"], float(g["lr"])) for g in self.param_groups]
@@ -316,6 +319,7 @@ class ALIGPlus(LossOptimizer):
 class _Fed(NamedTuple):
     indices: Tensor
     losses: Tensor
+    highest: int
     gradients: tuple[tuple[int, int], ...]
 
 

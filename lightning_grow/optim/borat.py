@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ from lightning_grow.optim.ball import check_ball, follow_growth, project_, shape
 from lightning_grow.optim.base import within
 from lightning_grow.optim.bundle import bundle_weights
 from lightning_grow.optim.loss import LossOptimizer, is_finite
+from lightning_grow.optim.pieces import CHUNK, pieces
+from lightning_grow.optim.polyak import momentum_buffers
 from lightning_grow.optim.tensors import dot, squared_norm, subtract_
 
 START, GRADIENTS = "bundle_start", "bundle_gradients"
@@ -222,29 +224,46 @@ class BORAT(LossOptimizer):
 
     def _finish(self, group: dict[str, Any], part: _Part, size: int, a: list[float]) -> None:
         """Take the step of the bundle."""
-        momentum, rate = group["momentum"], float(group["lr"])
-        params = part.params
+        momentum, params = group["momentum"], part.params
         if momentum and params:
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            torch._foreach_mul_([self.state[p]["momentum_buffer"] for p in params], momentum)
-            for (having, grads), weight in zip(part.pieces, a, strict=True):
-                buffers = [self.state[p]["momentum_buffer"] for p in having]
-                _subtract(group, buffers, grads, rate * weight)
-        self._move(group, part, a, size)
-        if momentum:
-            _subtract(group, params, [self.state[p]["momentum_buffer"] for p in params], -momentum)
+            buffers = momentum_buffers(self.state, params)
+            if self._in_blocks(group, params):
+                self._move(group, part, a, size, momentum)
+            else:
+                torch._foreach_mul_(buffers, momentum)
+                for (having, grads), weight in zip(part.pieces, a, strict=True):
+                    moved = [self.state[p]["momentum_buffer"] for p in having]
+                    _subtract(group, moved, grads, float(group["lr"]) * weight)
+                self._move(group, part, a, size)
+                _subtract(group, params, buffers, -momentum)
+        else:
+            self._move(group, part, a, size)
         project_(group)
 
-    def _move(self, group: dict[str, Any], part: _Part, a: list[float], size: int) -> None:
+    def _move(self, group: dict[str, Any], part: _Part, a: list[float], size: int, momentum: float = 0.0) -> None:
         """Go to the start of the bundle minus the weighted gradients."""
-        if size:
-            moved = [p for p in part.params if START in self.state[p]]
-            if moved:
-                torch._foreach_copy_(moved, [self.state[p][START] for p in moved])
-        for (having, grads), weight in zip(part.pieces, a, strict=True):
-            _subtract(group, having, grads, float(group["lr"]) * weight)
+        rates = [float(group["lr"]) * weight for weight in a]
+        starts = {id(p): self.state[p][START] for p in part.params if size and START in self.state[p]}
+        if self._in_blocks(group, part.params):
+            for p in part.params:
+                steps = [
+                    (grads[i], rate)
+                    for (having, grads), rate in zip(part.pieces, rates, strict=True)
+                    for i in _place(p, having)
+                    if rate
+                ]
+                buffer = self.state[p]["momentum_buffer"] if momentum else None
+                _move_in_blocks(p, starts.get(id(p)), buffer, steps, momentum)
+            return
+        for p in part.params:
+            if id(p) in starts:
+                p.copy_(starts[id(p)])
+        for (having, grads), rate in zip(part.pieces, rates, strict=True):
+            _subtract(group, having, grads, rate)
+
+    def _in_blocks(self, group: dict[str, Any], params: Sequence[Tensor]) -> bool:
+        """Whether parameters are moved block by block, which pays on the CPU."""
+        return not self._is_slow(group) and all(p.device.type == "cpu" for p in params)
 
     def _drop(self) -> None:
         """Forget the bundle."""
@@ -321,6 +340,35 @@ def _rows(loss: Tensor, parts: list[_Part], size: int, *, slow: bool) -> tuple[f
                 sums.append(dot([x for x, _ in pairs], [y for _, y in pairs]))
     value, *numbers = torch.stack([loss, *(s.to(loss) for s in sums)]).tolist()
     return value, [numbers[k * (size + 1) : (k + 1) * (size + 1)] for k in range(len(parts))]
+
+
+def _move_in_blocks(
+    p: Tensor, start: Tensor | None, buffer: Tensor | None, steps: Sequence[tuple[Tensor, float]], momentum: float
+) -> None:
+    """Do what `_move` and `_finish` do for one parameter, block by block: each number is read once from memory."""
+    kept = [x for x in (start, buffer) if x is not None]
+    for piece in pieces((p, *kept, *(g for g, _ in steps)), 1, CHUNK):
+        w, *rest = piece.tensors
+        w_0 = rest.pop(0) if start is not None else None
+        v = rest.pop(0) if buffer is not None else None
+        if v is not None:
+            v.mul_(momentum)
+        if w_0 is not None and not steps:
+            w.copy_(w_0)
+        for number, (g, (_, rate)) in enumerate(zip(rest, steps, strict=True)):
+            if v is not None:
+                v.add_(g, alpha=-rate)
+            if w_0 is not None and number == 0:
+                torch.add(w_0, g, alpha=-rate, out=w)
+            else:
+                w.add_(g, alpha=-rate)
+        if v is not None:
+            w.add_(v, alpha=momentum)
+
+
+def _place(p: Tensor, params: Sequence[Tensor]) -> list[int]:
+    """Return where a parameter stands, if it does."""
+    return [i for i, other in enumerate(params) if other is p]
 
 
 def _subtract(group: dict[str, Any], params: list[Tensor], directions: list[Tensor], rate: float) -> None:

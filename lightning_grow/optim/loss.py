@@ -140,8 +140,8 @@ class LossOptimizer(AdaptiveOptimizer):
                     f"closure that returns it, and it was not set. {_HOW}"
                 )
             return returned, None
-        if not self.has_feed:
-            _check_trainer(type(self).__name__, closure)
+        if fed is None and not self.has_feed:
+            refuse_trainer(type(self).__name__, closure, "automatic_optimization", "accumulation", "clipping")
         return returned, self._mean_over_ranks(math.nan if loss is None else loss)
 
     def _mean_over_ranks(self, value: Loss) -> Tensor:
@@ -218,27 +218,34 @@ def _plain_square(grads: list[Tensor], like: Tensor) -> Tensor:
     return sum(((g.to(like.dtype) ** 2).sum().to(like.device) for g in grads), start=torch.zeros_like(like))
 
 
-def _check_trainer(name: str, closure: Closure | None) -> None:
-    """Refuse to step in a Trainer without a `LossFeed` where the closure's value is not the loss of the gradients.
+def refuse_trainer(name: str, closure: Closure | None, *reasons: str) -> None:
+    """Refuse to step in a Trainer without a `LossFeed` where the closure does not tell what is needed.
 
     A Trainer passes a `functools.partial` with its LightningModule among the arguments.
 
+    Args:
+        name: Of the optimizer.
+        closure: What `step` was given.
+        reasons: What is refused: ``"automatic_optimization"`` off, ``"accumulation"``, ``"clipping"``, or any
+            ``"trainer"``.
+
     Raises:
-        RuntimeError: If gradients are accumulated or clipped, or optimisation is manual.
+        RuntimeError: If there is such a Trainer.
     """
     for argument in getattr(closure, "args", ()):
         trainer = getattr(argument, "_trainer", None)
         if trainer is None:
             continue
-        reasons = {
-            "automatic_optimization=False": not argument.automatic_optimization,
-            "accumulate_grad_batches": getattr(trainer, "accumulate_grad_batches", 1) != 1,
-            "gradient_clip_val": bool(getattr(trainer, "gradient_clip_val", None)),
+        found = {
+            "automatic_optimization": ("with automatic_optimization=False", not argument.automatic_optimization),
+            "accumulation": ("with accumulate_grad_batches", getattr(trainer, "accumulate_grad_batches", 1) != 1),
+            "clipping": ("with gradient_clip_val", bool(getattr(trainer, "gradient_clip_val", None))),
+            "trainer": ("", True),
         }
-        for reason, is_there in reasons.items():
+        for text, is_there in (found[reason] for reason in reasons):
             if is_there:
                 raise RuntimeError(
-                    f"{name} cannot have the loss of its gradients in a Trainer with {reason}, unless the callback "
-                    "`lightning_grow.trainer.LossFeed` is there. It is added by itself where lightning-grow is "
-                    "installed (not only on the path); else pass Trainer(callbacks=[LossFeed()])."
+                    f"{name} does not learn what it needs to know in a Trainer {text}{' ' * bool(text)}unless the "
+                    "callback `lightning_grow.trainer.LossFeed` is there. It is added by itself where lightning-grow "
+                    "is installed (not only on the path); else pass Trainer(callbacks=[LossFeed()])."
                 )

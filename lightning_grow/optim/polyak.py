@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_grow.optim.pieces import CHUNK, pieces
 from lightning_grow.optim.tensors import subtract_
 
 
@@ -47,9 +48,13 @@ def polyak_move_(
     if not params:
         return
     momentum, adjusted = group["momentum"], group.get("adjusted_momentum", False)
-    buffers = _buffers(state, params) if momentum else []
+    buffers = momentum_buffers(state, params) if momentum else []
     if group["foreach"] is False:
         _plain_move_(group, params, grads, buffers, rate)
+        return
+    if momentum and all(p.device.type == "cpu" for p in params):
+        for tensors in zip(params, grads, buffers, strict=True):
+            _move_in_blocks(*tensors, rate, momentum, group["weight_decay"], adjusted=adjusted)
         return
     if group["weight_decay"] and rate:
         torch._foreach_mul_(list(params), 1 - rate * group["weight_decay"])
@@ -60,6 +65,19 @@ def polyak_move_(
         if adjusted or rate:
             subtract_(buffers, grads, 1.0 if adjusted else rate)
         subtract_(params, buffers, -momentum * (rate if adjusted else 1.0))
+
+
+def _move_in_blocks(
+    p: Tensor, grad: Tensor, buffer: Tensor, rate: float, momentum: float, decay: float, *, adjusted: bool
+) -> None:
+    """Do the same for one parameter, block by block: each number is read once from memory."""
+    for piece in pieces((p, grad, buffer), 1, CHUNK):
+        w, g, v = piece.tensors
+        if decay:
+            w.mul_(1 - rate * decay)
+        w.add_(g, alpha=-rate)
+        v.mul_(momentum).add_(g, alpha=-1.0 if adjusted else -rate)
+        w.add_(v, alpha=momentum * (rate if adjusted else 1.0))
 
 
 def _plain_move_(
@@ -80,7 +98,8 @@ def _plain_move_(
             w.add_(momentum * v)
 
 
-def _buffers(state: Any, params: Sequence[Tensor]) -> list[Tensor]:
+def momentum_buffers(state: Any, params: Sequence[Tensor]) -> list[Tensor]:
+    """Return the buffer of each parameter; zeros at first."""
     for p in params:
         if "momentum_buffer" not in state[p]:
             state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)

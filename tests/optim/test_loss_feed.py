@@ -183,21 +183,22 @@ def test_the_closure_is_enough_for_plain_training(without_entry_point, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("cls", "options", "reason"),
+    ("name", "cls", "options", "reason"),
     [
-        (Manual, {}, "automatic_optimization=False"),
-        (Module, {"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
-        (Module, {"gradient_clip_val": 1.0}, "gradient_clip_val"),
+        ("alig", Manual, {}, "with automatic_optimization=False"),
+        ("borat", Module, {"accumulate_grad_batches": 2}, "with accumulate_grad_batches"),
+        ("alig", Module, {"gradient_clip_val": 1.0}, "with gradient_clip_val"),
+        ("alig_plus", Module, {}, "unless"),
     ],
 )
-def test_what_the_closure_is_not_enough_for_is_told(without_entry_point, cls, options, reason, tmp_path):
-    with pytest.raises(RuntimeError, match=rf"Trainer with {reason}.*LossFeed"):
-        trainer(tmp_path, **options).fit(module_of("alig", cls), indexed_loader())
+def test_what_the_closure_is_not_enough_for_is_told(without_entry_point, name, cls, options, reason, tmp_path):
+    with pytest.raises(RuntimeError, match=rf"in a Trainer {reason}.*LossFeed"):
+        trainer(tmp_path, **options).fit(module_of(name, cls), indexed_loader())
     if not options.get("gradient_clip_val"):
-        module = module_of("alig", cls)
+        module = module_of(name, cls)
         run = trainer(tmp_path, LossFeed(), max_epochs=2, **options)
         run.fit(module, indexed_loader(batch_size=8 // options.get("accumulate_grad_batches", 1)))
-        torch.testing.assert_close(weights(module), weights(by_hand("alig")), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(weights(module), weights(by_hand(name)), rtol=1e-10, atol=1e-12)
 
 
 class Scaler:
@@ -497,8 +498,9 @@ def test_datasets_of_streams_have_no_indices():
         Indexed(Dataset.__new__(Dataset))
 
 
-def test_a_loss_that_the_module_sets_counts_more(tmp_path):
-    """Through the wrapper that `self.optimizers()` returns."""
+@pytest.mark.parametrize("callbacks", [[], [LossFeed()]])
+def test_a_loss_that_the_module_sets_counts_more(callbacks, without_entry_point, tmp_path):
+    """Through the wrapper that `self.optimizers()` returns, also where nobody feeds losses."""
 
     class Sets(Manual):
         def training_step(self, batch, batch_idx):
@@ -510,5 +512,5 @@ def test_a_loss_that_the_module_sets_counts_more(tmp_path):
 
     module = Sets(lambda params: ALIG(params, 0.5))
     before = weights(module)
-    trainer(tmp_path, max_epochs=1).fit(module, indexed_loader())
+    trainer(tmp_path, *callbacks, max_epochs=1).fit(module, indexed_loader())
     assert torch.equal(weights(module), before)
