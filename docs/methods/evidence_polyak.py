@@ -1,4 +1,4 @@
-"""Tables and pictures of `alig.md` and `borat.md`: ``python docs/methods/evidence_polyak.py``; 12 minutes, on a busy core.
+"""Tables and pictures of `alig.md` and `borat.md`: ``python docs/methods/evidence_polyak.py``. 12 minutes when busy.
 
 Two small tasks. *Noisy labels*: a linear softmax whose loss cannot reach zero, since 30 % of the labels are random;
 what is left above the lowest loss, after 100 epochs. *Linear labels*: a perceptron that can fit all samples; its

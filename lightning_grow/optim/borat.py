@@ -14,9 +14,9 @@ from lightning_grow.optim.ball import check_ball, follow_growth, project_, shape
 from lightning_grow.optim.base import within
 from lightning_grow.optim.bundle import bundle_weights
 from lightning_grow.optim.loss import LossOptimizer, is_finite
-from lightning_grow.optim.pieces import CHUNK, pieces
+from lightning_grow.optim.pieces import CHUNK, pieces, unit_products
 from lightning_grow.optim.polyak import momentum_buffers
-from lightning_grow.optim.tensors import dot, squared_norm, subtract_
+from lightning_grow.optim.tensors import dot, squared_norm, subtract_, total
 
 START, GRADIENTS = "bundle_start", "bundle_gradients"
 
@@ -211,15 +211,25 @@ class BORAT(LossOptimizer):
     def _go(self, group: dict[str, Any], part: _Part, size: int, a: list[float]) -> None:
         """Go to the next auxiliary point, and keep what the bundle needs."""
         params, grads = part.pieces[-1]
+        if size == 0 and self._in_blocks(group, params):
+            for p, g in zip(params, grads, strict=True):
+                start, kept = torch.empty_like(p, requires_grad=False), torch.empty_like(g)
+                self.state[p].update({START: start, GRADIENTS: [kept]})
+                for piece in pieces((p, g, start, kept), 1, CHUNK):
+                    w, d, w_0, copy = piece.tensors
+                    w_0.copy_(w)
+                    copy.copy_(d)
+                    w.add_(d, alpha=-float(group["lr"]) * a[0])
+            return
         for p, g in zip(params, grads, strict=True):
             state = self.state[p]
             if START not in state:
                 state[START] = p.detach().clone(memory_format=torch.preserve_format)
             state.setdefault(GRADIENTS, [None] * size).append(g.detach().clone(memory_format=torch.preserve_format))
         for p in group["params"]:
-            kept = self.state[p][GRADIENTS] if GRADIENTS in self.state.get(p, {}) else None
-            if kept is not None and len(kept) == size:
-                kept.append(None)
+            gradients = self.state[p][GRADIENTS] if GRADIENTS in self.state.get(p, {}) else None
+            if gradients is not None and len(gradients) == size:
+                gradients.append(None)
         self._move(group, part, a, size)
 
     def _finish(self, group: dict[str, Any], part: _Part, size: int, a: list[float]) -> None:
@@ -246,12 +256,7 @@ class BORAT(LossOptimizer):
         starts = {id(p): self.state[p][START] for p in part.params if size and START in self.state[p]}
         if self._in_blocks(group, part.params):
             for p in part.params:
-                steps = [
-                    (grads[i], rate)
-                    for (having, grads), rate in zip(part.pieces, rates, strict=True)
-                    for i in _place(p, having)
-                    if rate
-                ]
+                steps = [(g, rates[i]) for i, g in part.of[id(p)] if rates[i]]
                 buffer = self.state[p]["momentum_buffer"] if momentum else None
                 _move_in_blocks(p, starts.get(id(p)), buffer, steps, momentum)
             return
@@ -312,14 +317,22 @@ class _Bundle(NamedTuple):
     shapes: int
 
 
-class _Part(NamedTuple):
-    """For each piece, the parameters of a group that had a gradient, and their gradients."""
+class _Part:
+    """What a param group brings to a bundle.
 
-    pieces: list[tuple[list[Tensor], list[Tensor]]]
+    Attributes:
+        pieces: For each piece, the parameters that had a gradient, and their gradients.
+        params: All of them.
+        of: For each parameter, its gradients, with the number of the piece.
+    """
 
-    @property
-    def params(self) -> list[Tensor]:
-        return list({id(p): p for params, _ in self.pieces for p in params}.values())
+    def __init__(self, kept: list[tuple[list[Tensor], list[Tensor]]]) -> None:
+        self.pieces = kept
+        self.params = list({id(p): p for params, _ in kept for p in params}.values())
+        self.of: dict[int, list[tuple[int, Tensor]]] = {id(p): [] for p in self.params}
+        for number, (params, grads) in enumerate(kept):
+            for p, g in zip(params, grads, strict=True):
+                self.of[id(p)].append((number, g))
 
 
 def _rows(loss: Tensor, parts: list[_Part], size: int, *, slow: bool) -> tuple[float, list[list[float]]]:
@@ -327,6 +340,9 @@ def _rows(loss: Tensor, parts: list[_Part], size: int, *, slow: bool) -> tuple[f
     sums = []
     for part in parts:
         params, grads = part.pieces[-1]
+        if not slow and all(g.device.type == "cpu" and g.dtype in (torch.float32, torch.float64) for g in grads):
+            sums += _row_in_blocks(part, size)
+            continue
         newest = {id(p): g for p, g in zip(params, grads, strict=True)}
         for i, (having, kept) in enumerate(part.pieces):
             pairs = [(newest[id(p)], g) for p, g in zip(having, kept, strict=True) if id(p) in newest]
@@ -340,6 +356,17 @@ def _rows(loss: Tensor, parts: list[_Part], size: int, *, slow: bool) -> tuple[f
                 sums.append(dot([x for x, _ in pairs], [y for _, y in pairs]))
     value, *numbers = torch.stack([loss, *(s.to(loss) for s in sums)]).tolist()
     return value, [numbers[k * (size + 1) : (k + 1) * (size + 1)] for k in range(len(parts))]
+
+
+def _row_in_blocks(part: _Part, size: int) -> list[Tensor]:
+    """Return the dot products of the newest gradient with all, block by block: each number is read once from memory."""
+    sums: list[list[Tensor]] = [[] for _ in range(size + 1)]
+    for p in part.pieces[-1][0]:
+        numbers, grads = zip(*part.of[id(p)], strict=True)
+        for piece in pieces(grads, 1, CHUNK):
+            for number, g in zip(numbers, piece.tensors, strict=True):
+                sums[number].append(unit_products(piece.tensors[-1], g, 1))
+    return [total(s) for s in sums]
 
 
 def _move_in_blocks(
@@ -364,11 +391,6 @@ def _move_in_blocks(
                 w.add_(g, alpha=-rate)
         if v is not None:
             w.add_(v, alpha=momentum)
-
-
-def _place(p: Tensor, params: Sequence[Tensor]) -> list[int]:
-    """Return where a parameter stands, if it does."""
-    return [i for i, other in enumerate(params) if other is p]
 
 
 def _subtract(group: dict[str, Any], params: list[Tensor], directions: list[Tensor], rate: float) -> None:
