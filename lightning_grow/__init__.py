@@ -1,5 +1,6 @@
 """PyTorch Lightning callbacks and optimizers with which a LightningModule finds its own size while it trains."""
 
+from lightning_grow import optim
 from lightning_grow.growth import (
     Firefly,
     FireflyContinual,
@@ -40,7 +41,7 @@ from lightning_grow.surgery import (
     split,
     widen,
 )
-from lightning_grow.trainer import History, StructuralCallback, load_from_checkpoint
+from lightning_grow.trainer import History, LearningRateAdaptation, LossFeed, StructuralCallback, load_from_checkpoint
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,8 @@ __all__ = [
     "GradMax",
     "History",
     "KernelGrowth",
+    "LearningRateAdaptation",
+    "LossFeed",
     "MagnitudePruning",
     "Net2Net",
     "NoisyHeuristics",
@@ -78,6 +81,7 @@ __all__ = [
     "load_from_checkpoint",
     "net2deeper",
     "net2wider",
+    "optim",
     "plan",
     "prune",
     "random_new_units",

@@ -154,19 +154,25 @@ def append(path: Path, row: Row) -> None:
 def table(rows: Sequence[Row], task: str) -> str:
     """Return a table: median validation loss over seeds, for each rate."""
     lines = [
-        "| | " + " | ".join(f"{lr:g}" for lr in RATES) + " | rates within 10 % of the best |",
+        "| | " + " | ".join(f"{lr:g}" for lr in RATES) + " | rates within 10 % of the best of its kind |",
         "| --- " * (len(RATES) + 2) + "|",
     ]
     known = [m for m in SWEPT if any(r.method == m and r.task == task for r in rows)]
     medians = {m: {lr: _median(rows, task, m, lr) for lr in RATES} for m in known}
-    found = [v for line in medians.values() for v in line.values() if v is not None]
     free = {m: _median(rows, task, m, 1.0) for m in FREE if any(r.method == m and r.task == task for r in rows)}
-    best = min([*found, *(v for v in free.values() if v is not None)])
+    best: dict[str, float] = {}
     for method, line in medians.items():
-        near = sum(v is not None and v <= 1.1 * best for v in line.values())
+        lowest = min(v for v in line.values() if v is not None)
+        best[_kind(method)] = min(lowest, best.get(_kind(method), lowest))
+    for method, line in medians.items():
+        near = sum(v is not None and v <= 1.1 * best[_kind(method)] for v in line.values())
         lines.append(f"| {method} | " + " | ".join(_number(v) for v in line.values()) + f" | {near} of {len(RATES)} |")
     lines += [f"| {m} | " + " | " * (len(RATES) - 1) + f"{_number(v)} | no rate to choose |" for m, v in free.items()]
     return "\n".join(lines)
+
+
+def _kind(method: str) -> str:
+    return method.partition("-HD")[0]
 
 
 def _median(rows: Sequence[Row], task: str, method: str, lr: float) -> float | None:
@@ -203,9 +209,9 @@ def picture(rows: Sequence[Row], path: Path) -> None:
                 value = _median(rows, task, name, 1.0)
                 if value is not None:
                     axes.axhline(value, color=color, linestyle=":", label=f"{name} (no rate)")
-            axes.set(xscale="log", yscale="log", xlabel="learning rate to begin with", ylim=(0.05, 3))
+            axes.set(xscale="log", yscale="log", xlabel="learning rate to begin with", ylim=(0.03, 3))
             axes.set_title(task)
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="lower left")
             if not place:
                 axes.set_ylabel("validation loss")
     path.parent.mkdir(exist_ok=True)

@@ -39,7 +39,11 @@ def squared_norm(xs: Sequence[Tensor]) -> Tensor:
         >>> squared_norm([torch.tensor([3.0]), torch.tensor([4.0])]).item()
         25.0
     """
-    return total([_dot(x, x) for x in xs]) if _on_cpu(xs) else _foreach_squared_norm(xs)
+    narrow = [x for x in xs if x.dtype in _NARROW]
+    others = [x for x in xs if x.dtype not in _NARROW]
+    norms = [*torch._foreach_norm(narrow, 2, dtype=torch.float32)] if narrow else []
+    norms += [*torch._foreach_norm(others, 2)] if others else []
+    return total([norm.to(wide_dtype(norm.device)).square() for norm in norms])
 
 
 def total(sums: Sequence[Tensor]) -> Tensor:
@@ -108,18 +112,6 @@ def clipped(value: Rate, low: float, high: float) -> Rate:
     if isinstance(value, Tensor):
         return value if low == -math.inf and high == math.inf else value.clamp(low, high)
     return min(max(value, low), high)
-
-
-def _on_cpu(xs: Sequence[Tensor]) -> bool:
-    return all(x.device.type == "cpu" for x in xs)
-
-
-def _foreach_squared_norm(xs: Sequence[Tensor]) -> Tensor:
-    narrow = [x for x in xs if x.dtype in _NARROW]
-    others = [x for x in xs if x.dtype not in _NARROW]
-    norms = [*torch._foreach_norm(narrow, 2, dtype=torch.float32)] if narrow else []
-    norms += [*torch._foreach_norm(others, 2)] if others else []
-    return total([norm.double().square() if norm.device.type != "mps" else norm.square() for norm in norms])
 
 
 _NARROW = (torch.float16, torch.bfloat16)

@@ -3,6 +3,7 @@
 from lightning_grow.trainer.budget import Budget
 from lightning_grow.trainer.editing import editing
 from lightning_grow.trainer.history import History
+from lightning_grow.trainer.learning_rates import LearningRateAdaptation
 from lightning_grow.trainer.loss_feed import LossFeed
 from lightning_grow.trainer.occasion import Occasion
 from lightning_grow.trainer.proposal import BlockEdit, Change, Proposal
@@ -17,6 +18,7 @@ __all__ = [
     "Change",
     "Event",
     "History",
+    "LearningRateAdaptation",
     "LossFeed",
     "Occasion",
     "Proposal",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_grow.optim import SGDHD, SGDNHD, AdamHD
+from lightning_grow.optim import ALIG, BORAT, CAMHD, SGDHD, SGDNHD, AdamHD
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,40 @@ ROWS = {
         {"lr": 0.01, "hypergrad_lr": 1e-5, "weight_decay": 0.1, "decoupled_weight_decay": True},
         (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
         {"hypergrad_lr": 0.0},
+    ),
+    "camhd": Row(
+        CAMHD,
+        {"lr": 0.01, "hypergrad_lr": 1e-3, "levels": ("global", "layer", "unit", "parameter")},
+        (torch.optim.SGD, {"lr": 0.01}),
+        {"hypergrad_lr": 0.0, "weights_lr": 0.0},
+    ),
+    "camhd_nesterov": Row(
+        CAMHD,
+        {"lr": 0.01, "hypergrad_lr": 1e-3, "base": "sgdn"},
+        (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "nesterov": True}),
+        {"hypergrad_lr": 0.0, "weights_lr": 0.0},
+    ),
+    "camhd_adam": Row(
+        CAMHD,
+        {"lr": 0.01, "hypergrad_lr": 1e-5, "base": "adam", "levels": ("global", "unit")},
+        (torch.optim.Adam, {"lr": 0.01}),
+        {"hypergrad_lr": 0.0, "weights_lr": 0.0},
+    ),
+    "alig": Row(ALIG, {"lr": 0.01}, (torch.optim.SGD, {"lr": 0.01}), needs_loss=True, maximizes=False),
+    "alig_momentum": Row(
+        ALIG,
+        {"lr": 0.01, "momentum": 0.9, "adjusted_momentum": True},
+        (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "nesterov": True}),
+        needs_loss=True,
+        maximizes=False,
+    ),
+    "borat": Row(
+        BORAT,
+        {"lr": 0.01, "num_pieces": 3, "momentum": 0.9},
+        (torch.optim.SGD, {"lr": 0.01}),
+        {"num_pieces": 2, "momentum": 0.0},
+        needs_loss=True,
+        maximizes=False,
     ),
 }
 

@@ -1,6 +1,7 @@
 """What every optimizer keeps of the grammar of ``torch.optim``, over one table."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -150,7 +151,6 @@ def test_parameters_without_a_gradient_stay_where_they_are(row):
     optimizer = row.make([*model.parameters(), still])
     train(model, optimizer, 3)
     assert (still == 1).all()
-    assert not optimizer.state.get(still)
 
 
 def test_nothing_has_a_gradient(row):
@@ -163,7 +163,7 @@ def test_nothing_has_a_gradient(row):
 
 def test_to_maximize_is_to_minimize_the_negative(row):
     if not row.maximizes:
-        with pytest.raises(TypeError, match="maximize"):
+        with pytest.raises(ValueError, match="does not support `maximize=True`"):
             row.make(network().parameters(), maximize=True)
         return
     up, down = network(), network()
@@ -193,8 +193,10 @@ def test_complex_and_sparse_are_refused(row):
         optimizer.step(lambda: torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+@pytest.mark.parametrize("option", ["lr", "weight_decay", "eps", "momentum"])
 def test_options_below_zero_are_refused(row, option):
+    if option not in inspect.signature(row.cls).parameters:
+        option = "lr"
     with pytest.raises(ValueError, match=f"Expected `{option}`"):
         row.make(network().parameters(), **{option: -0.1})
 
