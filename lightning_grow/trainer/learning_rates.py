@@ -16,7 +16,10 @@ from typing_extensions import override
 
 from lightning_grow.optim.tensors import wide_dtype
 from lightning_grow.plot import RateCurve, plot_learning_rates
-from lightning_grow.trainer.history import LossCurve
+from lightning_grow.trainer.history import LossCurve, run_folder
+
+PICTURE_FILE = "learning_rates.png"
+"""Name of the picture in the folder of a run."""
 
 
 @runtime_checkable
@@ -42,7 +45,8 @@ class LearningRateAdaptation(pl.Callback):
 
     Args:
         every_n_steps: How often rates are looked at, ``>= 1``. On a GPU each look waits for the device.
-        dirpath: If given, the picture is drawn into this folder when training ends, as ``learning_rates.png``.
+        dirpath: Folder where the picture is drawn when training ends, as ``learning_rates.png``; default: the folder of
+            the run, by its logger. Without either, none is drawn.
 
     Attributes:
         history: For each logged name, the steps and the values.
@@ -96,8 +100,9 @@ class LearningRateAdaptation(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.dirpath is not None and self.history and trainer.is_global_zero:
-            self.plot(Path(self.dirpath, "learning_rates.png"))
+        folder = run_folder(trainer) if self.dirpath is None else Path(self.dirpath)
+        if folder is not None and self.history and trainer.is_global_zero:
+            self.plot(folder / PICTURE_FILE)
 
     def plot(self, path: str | Path | None = None, title: str = "") -> Figure:
         """Draw the rates over the steps, a panel for each level.

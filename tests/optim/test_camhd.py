@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from lightning_grow.optim import SGDHD, AdamHD
 from lightning_grow.optim.camhd import CAMHD
+from lightning_grow.optim.layers import Layers
 from lightning_grow.structure import trace
 from lightning_grow.surgery import apply_, insert_, prune, remove_, split, widen
 
@@ -749,3 +750,14 @@ def test_a_tensor_serves_as_rate():
     train(model, CAMHD(model.named_parameters(), torch.tensor(0.01, dtype=torch.float64), levels=LEVELS))
     train(other, CAMHD(other.named_parameters(), 0.01, levels=LEVELS))
     assert torch.equal(flat(model), flat(other))
+
+
+def test_each_matrix_of_a_layer_has_units_with_its_own_bias():
+    lstm = nn.LSTM(3, 2)
+    names, params = zip(*lstm.named_parameters(), strict=True)
+    layers = Layers(params, names)
+    assert layers.names == [""]
+    assert [[names[i] for i in units.members] for units in layers.unit_groups] == [
+        ["weight_ih_l0", "bias_ih_l0"],
+        ["weight_hh_l0", "bias_hh_l0"],
+    ]

@@ -41,6 +41,7 @@ def test_rates_are_logged_every_few_steps_and_are_those_of_the_optimizer(make, t
     rates, module = LearningRateAdaptation(every_n_steps=4), build(Adapting, make=make)
     run = trainer(tmp_path, rates, logger=CSVLogger(tmp_path), log_every_n_steps=4, max_epochs=2)
     run.fit(module, loader())
+    assert next(tmp_path.rglob("learning_rates.png")).parent == next(tmp_path.rglob("metrics.csv")).parent
     (optimizer,) = run.optimizers
     assert isinstance(optimizer, HasRates)
     logged = [row for row in rows(tmp_path) if row["rate/lr"]]
