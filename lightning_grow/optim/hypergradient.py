@@ -42,11 +42,11 @@ class Hypergradient(AdaptiveOptimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("shared", False)
-        self.__dict__.setdefault("_kept", KeptGradients())
+        self._kept = KeptGradients(bool(self.__dict__.pop("copy_grad", False)))
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "shared": self.shared}
+        return {**super().__getstate__(), "shared": self.shared, "copy_grad": self._kept.copies}
 
     @override
     def _check(self, group: dict[str, Any]) -> None:

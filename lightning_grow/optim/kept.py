@@ -7,6 +7,7 @@ from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ class KeptGradients:
 
     def __init__(self, copies: bool = False) -> None:
         self.copies = copies
-        self._versions: dict[int, tuple[Tensor, int]] = {}
+        self._versions: MutableMapping[Tensor, int] = WeakIdKeyDictionary()  # of gradients kept by reference
+        self._own: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # copies that may be written into
 
     def previous(self, states: Sequence[MutableMapping[str, Any]], grads: Sequence[Tensor]) -> list[Tensor] | None:
         """Return the gradients of the step before; None if some were overwritten.
@@ -53,22 +55,16 @@ class KeptGradients:
             owned: Whether nobody else holds these tensors.
         """
         for state, grad in zip(states, grads, strict=True):
-            if self.copies and not owned:
-                _copy(state, grad)
-            else:
+            kept = state.get(KEY)
+            if owned or not self.copies:
                 state[KEY] = grad
-                self._versions[id(grad)] = (grad, grad._version)
+                self._versions[grad] = grad._version
+            elif kept is not None and kept in self._own and kept.shape == grad.shape:
+                kept.copy_(grad)
+            else:
+                state[KEY] = grad.clone()
+                self._own[state[KEY]] = True
 
     def _is_intact(self, kept: Tensor, grad: Tensor) -> bool:
-        known = self._versions.pop(id(kept), None)
-        if known is None or known[0] is not kept:  # loaded, or resized: nobody else has it
-            return True
-        return kept._version == known[1] and kept.data_ptr() != grad.data_ptr()
-
-
-def _copy(state: MutableMapping[str, Any], grad: Tensor) -> None:
-    kept = state.get(KEY)
-    if kept is None or kept.shape != grad.shape or kept.data_ptr() == grad.data_ptr():
-        state[KEY] = grad.clone()
-    else:
-        kept.copy_(grad)
+        version = self._versions.pop(kept, None)  # none if it was loaded, or resized: nobody else has it
+        return version is None or (kept._version == version and kept.data_ptr() != grad.data_ptr())

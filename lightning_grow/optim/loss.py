@@ -66,6 +66,14 @@ class LossOptimizer(AdaptiveOptimizer):
         """How many steps were skipped so far."""
         return int(self._notes["steps"]["skipped"]) if "steps" in self._notes else 0
 
+    def rates(self) -> dict[str, float | Tensor]:
+        """Return the size of the last step of each param group, where the method has one, or the largest allowed."""
+        found: dict[str, float | Tensor] = {}
+        for place, group in enumerate(self.param_groups):
+            name = "step_size" if "step_size" in group else "lr"
+            found[name if len(self.param_groups) == 1 else f"{name}/{place}"] = group[name]
+        return found
+
     def set_loss(self, loss: Loss | None) -> None:
         """Set the loss that the gradients of the next step belong to; None forgets it.
 

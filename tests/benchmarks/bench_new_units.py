@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_grow.criteria import NewUnits, Objective, Overgrown, bottlenecks
+from lightning_grow.criteria.bottleneck import with_best_signs
 from lightning_grow.examples import ImageClassifier
 from lightning_grow.structure import trace
 from tests.benchmarks.bench_criteria import peak, seconds, transformer
@@ -58,7 +59,9 @@ def measure(name: str, model: nn.Module, batches: list[tuple[Tensor, Tensor]], r
     def tiny() -> str:
         refused: dict[str, str] = {}
         loss, found = bottlenecks(model, list(structure.groups.values()), objective, on_refusal=refused.__setitem__)
-        edits = [b.edit(model, min(-(-b.group.size // 10), len(b.values))) for b in found.values()]
+        wanted = {name: min(-(-b.group.size // 10), len(b.values)) for name, b in found.items()}
+        found = with_best_signs(model, found, wanted, objective)
+        edits = [b.edit(model, len(b.values)) for b in found.values()]
         for _ in range(3):
             objective.value(Overgrown(model, edits).model)
         return f"{len(found)} groups, loss {loss:.2f}"

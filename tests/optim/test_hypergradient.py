@@ -1,7 +1,10 @@
 """Hypergradient descent's own properties: the derivative, when the rate rises, gradients that are kept."""
 
 import copy
+import gc
 import math
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -159,6 +162,40 @@ def test_gradients_that_are_overwritten_are_noticed_and_copied_from_then_on(how,
     noticed, copied = run(False), run(True)
     assert noticed[1] == 0 < copied[1]
     assert all(change != 0 for change in noticed[2:])
+
+
+def test_copies_are_never_written_into_gradients_of_others():
+    """One parameter's gradient is overwritten; that of the other, kept by reference until then, is somebody's."""
+    w, v = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    optimizer = SGDHD([w, v], lr=0.01, hypergrad_lr=1e-3)
+    static, first = torch.full((2,), 3.0, dtype=torch.float64), torch.full((2,), 5.0, dtype=torch.float64)
+    w.grad, v.grad = static, first
+    optimizer.step()
+    static.add_(1)
+    v.grad = torch.full((2,), 7.0, dtype=torch.float64)
+    for _ in range(2):
+        optimizer.step()
+    assert (first == 5).all()
+    assert (optimizer.state[v][KEY] == 7).all()
+    assert optimizer.state[v][KEY] is not v.grad
+
+
+def test_a_pickled_optimizer_copies_gradients_as_before():
+    for copies in (False, True):
+        optimizer = SGDHD([nn.Parameter(torch.ones(2))], copy_grad=copies, shared=True)
+        again = pickle.loads(pickle.dumps(optimizer))
+        assert (again._kept.copies, again.shared) == (copies, True)
+
+
+def test_gradients_do_not_outlive_a_resize():
+    model = network()
+    optimizer = SGDHD(model.parameters(), lr=0.01, hypergrad_lr=1e-3)
+    train(model, optimizer, 2)
+    alive = weakref.ref(optimizer.state[model[4].weight][KEY])
+    apply_(model, [widen(trace(model, batch()[0])["4"], 3)], optimizers=[optimizer])
+    optimizer.zero_grad()
+    gc.collect()
+    assert alive() is None
 
 
 def test_by_default_gradients_are_kept_by_reference():

@@ -177,6 +177,13 @@ def test_to_maximize_is_to_minimize_the_negative(row):
     torch.testing.assert_close(weights(up), weights(down), rtol=1e-12, atol=1e-14)
 
 
+def test_its_rates_have_names(row):
+    _, optimizer = trained(row, 3)
+    rates = optimizer.rates()
+    assert rates
+    assert all(torch.isfinite(torch.as_tensor(rate)).all() for rate in rates.values())
+
+
 @pytest.mark.parametrize("option", ["capturable", "differentiable"])
 def test_what_is_not_supported_is_refused(row, option):
     with pytest.raises(ValueError, match=f"does not support `{option}=True`"):
