@@ -36,7 +36,7 @@ class HasRates(Protocol):
 
 
 class LearningRateAdaptation(pl.Callback):
-    """Logs, keeps and draws the rates of optimizers that adapt them: of `lightning_grow.optim`, or any with ``rates()``.
+    """Logs, keeps and draws rates of optimizers that adapt them: of `lightning_grow.optim`, or any with ``rates()``.
 
     Numbers are logged as ``rate/NAME``, with the names that the optimizer gives (``rate/lr``, ``rate/layer/fc1``,
     ``rate/weight/global``); where a name stands for many (units, parameters) as ``rate/NAME/mean``, ``/min`` and
