@@ -11,7 +11,6 @@ import torch
 from scipy.optimize import minimize
 from torch import nn
 
-from lightning_grow.optim.alig import ALIG
 from lightning_grow.optim.borat import BORAT
 from lightning_grow.optim.bundle import bundle_weights, enumerated_weights
 from lightning_grow.structure import trace
@@ -415,7 +414,7 @@ def test_groups_with_bundles_of_different_size_are_refused():
 
 
 def test_too_large_a_rate_is_where_it_pays():
-    """BO-10, shortened: at a rate of 1, ALI-G gets stuck on most seeds, three pieces reach zero loss."""
+    """BO-10, shortened: at a rate of 1, SGD ends at guessing, three pieces reach zero loss."""
 
     def loss_of(make, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -433,7 +432,7 @@ def test_too_large_a_rate_is_where_it_pays():
                 optimizer.step(lambda loss=loss: loss)
         return nn.functional.cross_entropy(model(x), y).item()
 
-    bundles = [loss_of(lambda params: BORAT(params, 1.0, 3), seed) for seed in range(3)]
-    single = [loss_of(lambda params: ALIG(params, 1.0, 0.9), seed) for seed in range(3)]
+    bundles = [loss_of(lambda params: BORAT(params, 1.0, 3), seed) for seed in range(2)]
+    descents = [loss_of(lambda params: torch.optim.SGD(params, 1.0, 0.9), seed) for seed in range(2)]
     assert max(bundles) < 1e-2
-    assert sum(value > 0.3 for value in single) >= 2
+    assert min(descents) > 1
