@@ -87,7 +87,7 @@ def gpt2() -> list[tuple[int, ...]]:
 
 
 class Run:
-    """Parameters of its own, an optimizer, and the times of its steps; gradients are fresh tensors at each step."""
+    """Parameters of its own, an optimizer, and the times of its steps; gradients are new tensors at each step."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], make: Make, device: str) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -98,7 +98,7 @@ class Run:
     def step(self, grads: Sequence[Tensor], timed: bool) -> None:
         """Take a step, and note how long it took."""
         for p, g in zip(self.params, grads, strict=True):
-            p.grad = g
+            p.grad = g.clone()  # torch's foreach form of Nesterov's momentum writes into it
         _wait(self.params[0])
         begin = time.perf_counter()
         loss = torch.ones((), device=self.params[0].device)
