@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import itertools
 import logging
 import statistics
@@ -21,13 +20,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from rows import append, read
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -322,25 +322,6 @@ def run(task_name: str, method: str, seed: int, folder: Path) -> Row:
     )
 
 
-def read(path: Path) -> list[Row]:
-    """Return the rows there are."""
-    if not path.is_file():
-        return []
-    kinds = {"int": int, "float": float, "str": str}
-    with path.open(newline="") as file:
-        return [Row(**{f.name: kinds[str(f.type)](row[f.name]) for f in fields(Row)}) for row in csv.DictReader(file)]
-
-
-def append(path: Path, row: Row) -> None:
-    """Add a row."""
-    is_new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
-
-
 def table(rows: Sequence[Row]) -> str:
     """Return a table: mean and standard deviation over seeds."""
     lines = [
@@ -458,7 +439,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    begin, done = time.perf_counter(), {(r.task, r.method, r.seed) for r in read(arguments.csv)}
+    begin, done = time.perf_counter(), {(r.task, r.method, r.seed) for r in read(arguments.csv, Row)}
     left = arguments.limit
     for key in wanted(arguments.task, arguments.methods, arguments.seeds):
         late = arguments.minutes is not None and time.perf_counter() - begin > 60 * arguments.minutes
@@ -472,7 +453,7 @@ def main() -> None:
             f"{row.gflops:,.1f} GFLOPs, {row.events} events, {row.seconds:.0f} s",
             flush=True,
         )
-    rows = read(arguments.csv)
+    rows = read(arguments.csv, Row)
     picture(rows, HERE.parent / "images" / "growth.png")
     page(rows, HERE / "growth.md")
 

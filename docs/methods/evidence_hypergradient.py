@@ -12,16 +12,16 @@ curves are of 20,000 of the training images.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rows import append, read
 from torch import Tensor, nn
 
 from lightning_grow.data import read_idx
@@ -130,25 +130,6 @@ def run(task: str, method: str, lr: float, seed: int, data: Sequence[Tensor], ep
     with torch.no_grad():
         val_loss = float(F.cross_entropy(network(data[2]), data[3]))
     return Row(task, method, lr, seed, train_loss, val_loss, rate, highest)
-
-
-def read(path: Path) -> list[Row]:
-    """Return the rows there are."""
-    if not path.is_file():
-        return []
-    kinds = {"int": int, "float": float, "str": str}
-    with path.open(newline="") as file:
-        return [Row(**{f.name: kinds[str(f.type)](row[f.name]) for f in fields(Row)}) for row in csv.DictReader(file)]
-
-
-def append(path: Path, row: Row) -> None:
-    """Add a row."""
-    is_new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
 
 
 def table(rows: Sequence[Row], task: str) -> str:
@@ -264,7 +245,7 @@ def main() -> None:
         published(data, arguments.seeds)
         return
     data = (data[0][:TRAINING], data[1][:TRAINING], *data[2:])
-    done = {(r.task, r.method, r.lr, r.seed) for r in read(arguments.csv)}
+    done = {(r.task, r.method, r.lr, r.seed) for r in read(arguments.csv, Row)}
     for seed in range(arguments.seeds):
         for task in arguments.tasks:
             begin = time.perf_counter()
@@ -273,7 +254,7 @@ def main() -> None:
                     if (task, method, lr, seed) not in done:
                         append(arguments.csv, run(task, method, lr, seed, data, TASKS[task][1]))
             print(f"{task}, seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
-    rows = read(arguments.csv)
+    rows = read(arguments.csv, Row)
     picture(rows, HERE.parent / "images" / "hypergradient.png")
     page(rows, HERE / "hypergradient.md")
 

@@ -120,8 +120,6 @@ class ALIG(LossOptimizer):
         at_least_zero(group, "eps")
         within(group, 0, 1, "momentum")
         check_ball(group)
-        if not is_finite(group["lower_bound"]):
-            raise ValueError(f"Expected a finite `lower_bound`, found {group['lower_bound']!r}.")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -288,8 +288,6 @@ class BORAT(LossOptimizer):
         check_ball(group)
         if not math.isfinite(float(group["lr"])):
             raise ValueError(f"Expected a finite `lr`, found {group['lr']!r}.")
-        if not is_finite(group["lower_bound"]):
-            raise ValueError(f"Expected a finite `lower_bound`, found {group['lower_bound']!r}.")
         pieces = group["num_pieces"]
         if not isinstance(pieces, int) or not 2 <= pieces <= 10:
             raise ValueError(f"Expected `num_pieces` to be a whole number from 2 to 10, found {pieces!r}.")

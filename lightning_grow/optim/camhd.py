@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grow.optim.base import AdaptiveOptimizer, at_least_zero, check_bounds, within
-from lightning_grow.optim.directions import Direction, direction_of, fuses
-from lightning_grow.optim.kept import KEY, KeptGradients
+from lightning_grow.optim.base import at_least_zero, within
+from lightning_grow.optim.directions import Direction, direction_of
+from lightning_grow.optim.kept import KEY
 from lightning_grow.optim.ladder import LAYER, LEVELS, PARAMETER, UNIT, Ladder, Level
 from lightning_grow.optim.layers import Grouping, Layers
 from lightning_grow.optim.pieces import CHUNK, Piece, of_units, pieces, unit_products, unit_sums
-from lightning_grow.optim.tensors import Rate, wide_dtype
+from lightning_grow.optim.rate_owner import RateOwner, owns_gradients
+from lightning_grow.optim.tensors import Rate, can_fuse, wide_dtype
 
 Base = Literal["sgd", "sgdn", "adam"]
 Norm = Literal["softmax", "sum"]
@@ -30,7 +31,7 @@ Coupling = Literal["combination", "virtual", "implicit"]
 _HYPERGRAD_LR: dict[str, float] = {"sgd": 1e-3, "sgdn": 1e-3, "adam": 1e-8}
 
 
-class CAMHD(AdaptiveOptimizer):
+class CAMHD(RateOwner):
     r"""Gradient descent with a rate for everything, for each layer, unit and parameter, all of which descend.
 
     Entry ``i`` moves by the combined rate of the levels ``k`` that it belongs to, each in its group :math:`G_k(i)`:
@@ -118,8 +119,6 @@ class CAMHD(AdaptiveOptimizer):
         treatment of units are reconstructed.
     """
 
-    _kept: KeptGradients
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -149,7 +148,6 @@ class CAMHD(AdaptiveOptimizer):
         differentiable: bool = False,
     ) -> None:
         self.grouping = grouping
-        self._kept = KeptGradients(copy_grad)
         self._layers: dict[int, tuple[Any, Layers]] = {}
         self._written: WeakKeyDictionary[Layers, tuple[list[Any], Tensor]] = WeakKeyDictionary()
         options = {
@@ -176,19 +174,18 @@ class CAMHD(AdaptiveOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        super().__init__(params, options)
+        super().__init__(params, options, copy_grad)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("grouping", None)
-        self._kept = KeptGradients(state.get("copy_grad", False))
         self._layers = {}
         self._written = WeakKeyDictionary()
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "grouping": self.grouping, "copy_grad": self._kept.copies}
+        return {**super().__getstate__(), "grouping": self.grouping}
 
     @override
     def _check(self, group: dict[str, Any]) -> None:
@@ -197,14 +194,9 @@ class CAMHD(AdaptiveOptimizer):
         _check_choice(group, "coupling", ("combination", "virtual", "implicit"))
         if group["hypergrad_lr"] is None:
             group["hypergrad_lr"] = _HYPERGRAD_LR[group["base"]]
-        at_least_zero(group, "hypergrad_lr", "weights_lr", "coupling_strength", "eps", "weight_decay")
-        check_bounds(group)
+        super()._check(group)
+        at_least_zero(group, "weights_lr", "coupling_strength")
         within(group, 0, 1, "momentum")
-        for number, beta in enumerate(group["betas"]):
-            within({f"betas[{number}]": beta}, 0, 1, f"betas[{number}]")
-        if not math.isfinite(float(group["lr"])) or not group["lr_min"] <= float(group["lr"]) <= group["lr_max"]:
-            bounds = f"{group['lr_min']} to {group['lr_max']}"
-            raise ValueError(f"Expected `lr` from `lr_min` to `lr_max`, {bounds}, found {group['lr']!r}.")
         if group["max_change"] is not None and not group["max_change"] > 0:
             raise ValueError(f"Expected `max_change` above 0, or None, found {group['max_change']!r}.")
         if group["coupling"] == "virtual" and not group["coupling_strength"] <= 1:
@@ -274,20 +266,12 @@ class CAMHD(AdaptiveOptimizer):
         """
         loss = self._run(closure)
         for group in self.param_groups:
-            if "initial_lr" in group:
-                raise RuntimeError(
-                    "A learning-rate scheduler writes the rate of CAMHD, which adapts it itself: take the scheduler "
-                    "away, or bound the rates by `lr_min` and `lr_max`."
-                )
-            params, grads = self._with_gradients(group)
+            params, grads = self._ready(group)
             if params:
                 self._adapt_and_move(group, params, grads)
         return loss
 
     def _adapt_and_move(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        is_coupled = bool(group["weight_decay"]) and not group["decoupled_weight_decay"]
-        if is_coupled:
-            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         trained, layers = self._trained(group)
         places = {id(p): place for place, p in enumerate(trained)}
         moving = [_Moving(places[id(p)], p, g, self.state[p]) for p, g in zip(params, grads, strict=True)]
@@ -299,7 +283,7 @@ class CAMHD(AdaptiveOptimizer):
         _move(ladder, direction, moving)
         ladder.write()
         if KEY in direction.last_needs:
-            self._kept.keep([m.state for m in moving], grads, owned=bool(group["maximize"] or is_coupled))
+            self._kept.keep([m.state for m in moving], grads, owned=owns_gradients(group))
 
     def _trained(self, group: dict[str, Any]) -> tuple[list[Tensor], Layers]:
         """Return the parameters of a group that are trained, and their layers, which are kept while shapes last."""
@@ -402,7 +386,8 @@ def _move_fused(ladder: Ladder, direction: Direction, moving: Sequence[_Moving])
     left = []
     for together in lists.values():
         params, grads = [m.param for m in together], [m.grad for m in together]
-        if fuses(params, grads):
+        remembered = [[m.state[name] for m in together] for name in direction.next_needs]
+        if can_fuse(params, grads, *remembered):
             direction.fused_(params, grads, [m.state for m in together], ladder.common(together[0].place))
         else:
             left += together

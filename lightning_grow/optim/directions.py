@@ -45,7 +45,7 @@ class Direction(ABC):
 
     @abstractmethod
     def fused_(self, params: list[Tensor], grads: list[Tensor], states: States, rate: Rate) -> None:
-        """Take the step of tensors that `fuses` has found fit."""
+        """Take the step of tensors, with what `next_needs` names, that `can_fuse` has found fit."""
 
 
 class Gradient(Direction):
@@ -156,11 +156,3 @@ def direction_of(group: Mapping[str, Any]) -> Direction:
     if group["base"] == "adam":
         return Adam(group["betas"], group["eps"])
     return Nesterov(group["momentum"]) if group["base"] == "sgdn" else Gradient()
-
-
-def fuses(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-    """Whether torch's kernels for lists take these tensors: contiguous, and of one type on one CPU or CUDA device."""
-    device, dtype = params[0].device, params[0].dtype
-    return device.type in ("cpu", "cuda") and all(
-        x.is_contiguous() and x.dtype == dtype and x.device == device for xs in (params, grads) for x in xs
-    )

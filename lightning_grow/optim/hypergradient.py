@@ -18,43 +18,38 @@ from torch import Tensor
 from torch.optim.adam import adam
 from typing_extensions import override
 
-from lightning_grow.optim.base import AdaptiveOptimizer, at_least_zero, check_bounds, within
-from lightning_grow.optim.kept import KEY, KeptGradients
-from lightning_grow.optim.tensors import Rate, as_flat, as_rate, can_fuse, clipped, dot, subtract_, total, wide_dtype
+from lightning_grow.optim.base import within
+from lightning_grow.optim.directions import Adam
+from lightning_grow.optim.kept import KEY
+from lightning_grow.optim.pieces import CHUNK, pieces
+from lightning_grow.optim.rate_owner import RateOwner, owns_gradients
+from lightning_grow.optim.tensors import Rate, as_rate, can_fuse, clipped, dot, product, subtract_, total, wide_dtype
 
 Rule = Literal["additive", "multiplicative"]
 
 
-class Hypergradient(AdaptiveOptimizer, ABC):
+class Hypergradient(RateOwner, ABC):
     """The abstract parent of optimizers whose rate descends: one rate for each param group, or one for all.
 
     A method says along which direction the last step went (`_agreement`), and takes the next one (`_advance`).
     """
 
-    _kept: KeptGradients
-
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], shared: bool) -> None:
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], shared: bool, copy_grad: bool = False) -> None:
         self.shared = shared
-        self._kept = KeptGradients(bool(defaults.pop("copy_grad", False)))
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, copy_grad)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("shared", False)
-        self._kept = KeptGradients(bool(self.__dict__.pop("copy_grad", False)))
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "shared": self.shared, "copy_grad": self._kept.copies}
+        return {**super().__getstate__(), "shared": self.shared}
 
     @override
     def _check(self, group: dict[str, Any]) -> None:
-        at_least_zero(group, "hypergrad_lr", "weight_decay")
-        check_bounds(group)
-        if not math.isfinite(float(group["lr"])) or not group["lr_min"] <= float(group["lr"]) <= group["lr_max"]:
-            bounds = f"{group['lr_min']} to {group['lr_max']}"
-            raise ValueError(f"Expected `lr` from `lr_min` to `lr_max`, {bounds}, found {group['lr']!r}.")
+        super()._check(group)
         if group["rule"] not in ("additive", "multiplicative"):
             raise ValueError(f"Expected `rule` to be 'additive' or 'multiplicative', found {group['rule']!r}.")
         if group["rule"] == "multiplicative" and not (group["hypergrad_lr"] < 1 and float(group["lr"]) > 0):
@@ -84,15 +79,10 @@ class Hypergradient(AdaptiveOptimizer, ABC):
         loss = self._run(closure)
         ready = []
         for group in self.param_groups:
-            if "initial_lr" in group:
-                raise RuntimeError(
-                    f"A learning-rate scheduler writes the rate of {type(self).__name__}, which adapts it itself: take "
-                    "the scheduler away, or bound the rate by `lr_min` and `lr_max`."
-                )
-            params, grads = self._with_gradients(group)
+            params, grads = self._ready(group)
             if params:
                 group["lr"] = as_rate(group["lr"], params[0].device)
-                ready.append((group, params, self._decayed(group, params, grads)))
+                ready.append((group, params, grads))
         if self.shared:
             together = total([self._agreement(*each) for each in ready])
             for group, params, _ in ready:
@@ -106,12 +96,6 @@ class Hypergradient(AdaptiveOptimizer, ABC):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
             self._advance(group, params, grads)
         return loss
-
-    def _decayed(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        """Return gradients with the coupled weight decay; tensors of their own if there is any."""
-        if not group["weight_decay"] or group["decoupled_weight_decay"]:
-            return grads
-        return list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
 
     def _moved(self, group: dict[str, Any], agreement: Tensor) -> Rate:
         """Return the rate after its own step."""
@@ -225,11 +209,10 @@ class SGDHD(Hypergradient):
             "rule": rule,
             "maximize": maximize,
             "foreach": foreach,
-            "copy_grad": copy_grad,
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        super().__init__(params, options, shared)
+        super().__init__(params, options, shared, copy_grad)
 
     @override
     def _check(self, group: dict[str, Any]) -> None:
@@ -286,11 +269,7 @@ class SGDHD(Hypergradient):
                 if chosen:
                     (_loop_ if one_by_one else _whole_)(*some, velocities, group, is_first=chosen is fresh)
         if not momentum or nesterov:
-            self._kept.keep(states, grads, owned=bool(group["maximize"] or _is_coupled(group)))
-
-
-def _is_coupled(group: dict[str, Any]) -> bool:
-    return bool(group["weight_decay"]) and not group["decoupled_weight_decay"]
+            self._kept.keep(states, grads, owned=owns_gradients(group))
 
 
 def _loop_(
@@ -324,7 +303,7 @@ def _whole_(
     """Take a step of gradient descent: by a fused kernel of torch's where it has one for these tensors."""
     rate, momentum = group["lr"], group["momentum"]
     pays = bool(velocities) or isinstance(rate, Tensor)  # on a CPU, plain steps are faster without
-    if pays and not is_first and can_fuse(params, grads):
+    if pays and not is_first and can_fuse(params, grads, *([velocities] if velocities else [])):
         torch._fused_sgd_(
             list(params),
             list(grads),
@@ -466,13 +445,6 @@ class AdamHD(Hypergradient):
         super().__init__(params, options, shared)
 
     @override
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
-        at_least_zero(group, "eps")
-        for number, beta in enumerate(group["betas"]):
-            within({f"betas[{number}]": beta}, 0, 1, f"betas[{number}]")
-
-    @override
     def _agreement(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Tensor:
         device = params[0].device
         sums = [torch.zeros((2,), dtype=wide_dtype(device), device=device)]
@@ -488,21 +460,23 @@ class AdamHD(Hypergradient):
     @override
     def _advance(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         states = [self.state[p] for p in params]
-        fused = group["foreach"] is not False and can_fuse(params, grads)
-        on_device = fused and params[0].device.type != "cpu"
         for p, state in zip(params, states, strict=True):
             if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["step"] = torch.zeros((), device=p.device if on_device else "cpu")
+        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        fused = group["foreach"] is not False and can_fuse(params, grads, *moments)
+        for p, state in zip(params, states, strict=True):
+            device = p.device if fused else torch.device("cpu")
+            state["step"] = state["step"].to(device) if "step" in state else torch.zeros((), device=device)
         rate = group["lr"]
         if isinstance(rate, Tensor):
             rate = rate.float() if fused else float(rate)
         adam(
             params,
             grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            moments[0],
+            moments[1],
             [],
             [state["step"] for state in states],
             foreach=False if fused or group["foreach"] is False else None,
@@ -517,26 +491,15 @@ class AdamHD(Hypergradient):
         )
 
 
-_CHUNK = 2**16
-"""Entries that are looked at together on the CPU: what is computed from them stays in its cache."""
-
-
 def _adam_product(grad: Tensor, state: dict[str, Any], group: dict[str, Any], wants_length: bool) -> Tensor:
     """Return the product of a gradient with Adam's last direction, and the squared length of that: ``(2,)``."""
-    step, (beta1, beta2) = state["step"], group["betas"]
-    if not isinstance(step, Tensor) or step.device.type == "cpu":
-        step = float(step)
-    first, second = 1 - beta1**step, (1 - beta2**step) ** 0.5
-    m, s = state["exp_avg"], state["exp_avg_sq"]
-    if grad.device.type == "cpu" and group["foreach"] is not False:
-        flat = [as_flat(x) for x in (grad, m, s)] if grad.stride() == m.stride() == s.stride() else [None]
-        pieces = [torch.split(x, _CHUNK) for x in flat if x is not None]
-    else:
-        pieces = []
-    parts = zip(*pieces, strict=True) if len(pieces) == 3 else [(grad, m, s)]
+    adam_of, step = Adam(group["betas"], group["eps"]), state["step"]
+    remembered_step = {"step": float(step) if step.device.type == "cpu" else step}
+    is_fast = grad.device.type == "cpu" and group["foreach"] is not False
     found = []
-    for g_part, m_part, s_part in parts:
-        direction = torch.div(m_part, s_part.sqrt().div_(second).add_(group["eps"])).div_(first)
-        found.append(torch.stack([dot([g_part], [direction]), *([dot([direction], [direction])] * wants_length)]))
+    for piece in pieces((grad, state["exp_avg"], state["exp_avg_sq"]), 1, CHUNK if is_fast else None):
+        g, *moments = piece.tensors
+        u = adam_of.last(moments, remembered_step)
+        found.append(torch.stack([product(g, u), *([product(u, u)] * wants_length)]))
     sums: Tensor = torch.stack(found).sum(dim=0)
     return sums if wants_length else torch.cat([sums, torch.zeros_like(sums)])

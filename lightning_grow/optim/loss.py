@@ -103,7 +103,7 @@ class LossOptimizer(AdaptiveOptimizer):
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and the loss that was set for them."""
-        if self._gradients_now() != self._door.gradients:
+        if self._door.loss is not None and self._gradients_now() != self._door.gradients:
             self._door.loss = None
         super().zero_grad(set_to_none)
 
@@ -126,6 +126,8 @@ class LossOptimizer(AdaptiveOptimizer):
                 f"{type(self).__name__} does not support `maximize=True`: its steps go down to a lower bound of the "
                 "loss. Minimise the negative objective, with `lower_bound` below it where there is that option."
             )
+        if not is_finite(group.get("lower_bound", 0.0)):
+            raise ValueError(f"Expected a finite `lower_bound`, found {group['lower_bound']!r}.")
         skips = group["max_skips"]
         if not isinstance(skips, int) or isinstance(skips, bool) or skips < 0:
             raise ValueError(f"Expected `max_skips` to be a whole number of at least 0, found {skips!r}.")

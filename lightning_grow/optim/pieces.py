@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_grow.optim.tensors import Rate, as_flat
+from lightning_grow.optim.tensors import Rate, product
 
 CHUNK = 2**17
 """Entries of a piece: what is computed from them stays in the cache of a CPU, and a call costs little beside it."""
@@ -71,11 +71,4 @@ def unit_sums(products: Tensor, num_units: int) -> Tensor:
 
 def unit_products(x: Tensor, y: Tensor, num_units: int) -> Tensor:
     """Return the same of a product; with one unit, it is not written down where torch can do without."""
-    if num_units > 1:
-        return unit_sums(x * y, num_units)
-    if x.ndim == 1 and x.stride() == y.stride() == (1,):
-        return torch.dot(x, y)
-    if x.is_contiguous() and y.is_contiguous():
-        return torch.dot(x.view(-1), y.view(-1))
-    flat = (as_flat(x), as_flat(y)) if x.stride() == y.stride() else (None, None)
-    return (x * y).sum() if flat[0] is None or flat[1] is None else torch.dot(flat[0], flat[1])
+    return unit_sums(x * y, num_units) if num_units > 1 else product(x, y)

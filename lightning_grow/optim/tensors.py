@@ -29,7 +29,7 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
         >>> dot([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])]).item()
         11.0
     """
-    return total([_dot(x, y) for x, y in zip(xs, ys, strict=True)])
+    return total([product(x, y) for x, y in zip(xs, ys, strict=True)])
 
 
 def squared_norm(xs: Sequence[Tensor]) -> Tensor:
@@ -117,7 +117,8 @@ def clipped(value: Rate, low: float, high: float) -> Rate:
 _NARROW = (torch.float16, torch.bfloat16)
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """Return the product of two tensors, a 0-d tensor: without a temporary where they are laid out alike."""
     if x.dtype in _NARROW or y.dtype in _NARROW:
         x, y = x.float(), y.float()
     flat = (as_flat(x), as_flat(y)) if x.stride() == y.stride() else (None, None)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_grow.optim import ALIG, CAMHD, SGDHD, SGDNHD, AdamHD
+from lightning_grow.optim import ALIG, BORAT, CAMHD, SGDHD, SGDNHD, AdamHD
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -152,6 +152,20 @@ def measure(shapes: Sequence[tuple[int, ...]], repeats: int, device: str, chosen
         )
 
 
+def bundles(shapes: Sequence[tuple[int, ...]], repeats: int, device: str) -> None:
+    """Print what a mini-batch costs in a bundle of three pieces, over a step of ALI-G: means over whole bundles."""
+    for momentum in (0.0, 0.9):
+        runs = [Run(shapes, lambda p, cls=cls, m=momentum: cls(p, 1e-6, momentum=m), device) for cls in (ALIG, BORAT)]
+        grads = [(torch.randn(s) / 100).to(device) for s in shapes]
+        for number in range(2 * repeats + 2):
+            for run in runs:
+                run.step(grads, timed=number >= 2)
+        single, bundle = (statistics.mean(run.times) for run in runs)
+        print(
+            f"BORAT, 3 pieces, momentum {momentum:g}: {bundle / single:.2f} steps of ALIG; the bar is 1.3", flush=True
+        )
+
+
 def main() -> None:
     """Print a table for each set of parameters."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -163,6 +177,8 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
     for shapes in [resnet18(), *([gpt2()] if arguments.large else [])]:
         measure(shapes, arguments.repeats, arguments.device, arguments.only)
+        print()
+        bundles(shapes, arguments.repeats, arguments.device)
 
 
 if __name__ == "__main__":

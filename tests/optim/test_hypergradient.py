@@ -198,6 +198,23 @@ def test_gradients_do_not_outlive_a_resize():
     assert alive() is None
 
 
+@pytest.mark.parametrize("cls", [AdamHD, SGDNHD])
+def test_state_that_is_laid_out_otherwise_is_not_mixed_up(cls):
+    """A kernel that goes through memory in a line takes what is laid out alike only."""
+    weights = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        p = nn.Parameter(torch.arange(48, dtype=torch.float64).reshape(2, 3, 2, 4).sin())
+        optimizer = cls([p], lr=0.01)
+        for number in range(4):
+            p.grad = (p.detach() * (number + 1)).cos()
+            optimizer.step()
+            for name, value in optimizer.state[p].items():
+                if torch.is_tensor(value) and value.ndim == 4:
+                    optimizer.state[p][name] = value.contiguous(memory_format=layout)
+        weights.append(p.detach())
+    torch.testing.assert_close(weights[0], weights[1])
+
+
 def test_by_default_gradients_are_kept_by_reference():
     w = nn.Parameter(torch.ones(3, dtype=torch.float64))
     optimizer = SGDHD([w], lr=0.01, hypergrad_lr=1e-3)
