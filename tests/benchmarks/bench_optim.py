@@ -57,8 +57,8 @@ CONTENDERS: Mapping[str, Contender] = {
     "ALIG": Contender(lambda p: ALIG(p, 1e-6), SGD, 4),
     "ALIG, momentum": Contender(lambda p: ALIG(p, 1e-6, momentum=0.9, adjusted_momentum=True), NESTEROV, 6),
     "CAMHD, global and layer": Contender(lambda p: CAMHD(p, 1e-6), SGD, 5),
-    "CAMHD, unit": Contender(lambda p: CAMHD(p, 1e-6, levels=("global", "unit")), SGD, 5),
-    "CAMHD, parameter": Contender(lambda p: CAMHD(p, 1e-6, levels=("global", "parameter")), SGD, 8),
+    "CAMHD, global and unit": Contender(lambda p: CAMHD(p, 1e-6, levels=("global", "unit")), SGD, 5),
+    "CAMHD, global and parameter": Contender(lambda p: CAMHD(p, 1e-6, levels=("global", "parameter")), SGD, 8),
     "CAMHD on Adam, layer": Contender(lambda p: CAMHD(p, 1e-6, base="adam"), ADAM, 10),
 }
 
