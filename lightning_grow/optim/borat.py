@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -13,12 +14,13 @@ from typing_extensions import override
 from lightning_grow.optim.ball import check_ball, follow_growth, project_, shapes_of
 from lightning_grow.optim.base import within
 from lightning_grow.optim.bundle import bundle_weights
-from lightning_grow.optim.loss import LossOptimizer, is_finite
-from lightning_grow.optim.pieces import CHUNK, pieces, unit_products
+from lightning_grow.optim.kept import KeptGradients
+from lightning_grow.optim.loss import LossOptimizer, is_finite, plain_square
+from lightning_grow.optim.pieces import CHUNK, pieces
 from lightning_grow.optim.polyak import momentum_buffers
-from lightning_grow.optim.tensors import dot, squared_norm, subtract_, total
+from lightning_grow.optim.tensors import SMALL, dot, product, squared_norm, subtract_, total
 
-START, GRADIENTS = "bundle_start", "bundle_gradients"
+GRADIENT = "bundle_grad"
 
 
 class BORAT(LossOptimizer):
@@ -35,11 +37,12 @@ class BORAT(LossOptimizer):
     :math:`w \leftarrow w_0 + \Delta + \mu v`. Two pieces are ALI-G.
 
     Between bundles (``at_bundle_boundary``), the parameters are the model; in mid-bundle they are an auxiliary point,
-    and ``flush()`` goes back to :math:`w_0`. Under a Lightning Trainer, the callback `LossFeed` does that before
-    validation and at the end of training. A checkpoint in mid-bundle resumes bit by bit.
+    and ``flush()`` goes back to :math:`w_0`, which is worked out from the point and the gradients, to rounding. Under
+    a Lightning Trainer, the callback `LossFeed` does that before validation and at the end of training. A checkpoint
+    in mid-bundle resumes bit by bit.
 
-    When the network grows or shrinks in mid-bundle, what is kept follows. The next step closes the bundle where it is:
-    the point at which the network was changed, and its function preserved, becomes the start of the next bundle.
+    When the network grows or shrinks in mid-bundle, the next step (or ``flush()``) closes the bundle where it is: the
+    point at which the network was changed, and its function preserved, becomes the start of the next bundle.
 
     Args:
         params: Parameters, named parameters, or param groups.
@@ -53,6 +56,9 @@ class BORAT(LossOptimizer):
             error. A bundle waits for the next.
         maximize: Refused.
         foreach: False: a plain loop over tensors, the reference.
+        copy_grad: Keep copies of gradients. By default they are kept by reference; where something overwrites them in
+            mid-bundle, that is noticed (but for writing through ``.data``), the present point becomes the start of a
+            new bundle, and copies are made from then on.
         differentiable: Refused.
         capturable: Refused.
 
@@ -94,6 +100,7 @@ class BORAT(LossOptimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
+        copy_grad: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
     ) -> None:
@@ -106,10 +113,17 @@ class BORAT(LossOptimizer):
             "max_skips": max_skips,
             "maximize": maximize,
             "foreach": foreach,
+            "copy_grad": copy_grad,
             "differentiable": differentiable,
             "capturable": capturable,
         }
+        self._kept = KeptGradients()
         super().__init__(params, defaults)
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._kept = KeptGradients()
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -124,11 +138,16 @@ class BORAT(LossOptimizer):
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Give up a bundle in the making: the parameters go back to where it began."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if START in self.state.get(p, {}):
-                    p.copy_(self.state[p][START])
+        """Give up a bundle in the making: the parameters go back to where it began, to rounding.
+
+        If the network was changed in the meantime, the parameters stay where they are.
+        """
+        found = self._notes.get("bundle")
+        if found is not None and self._is_whole(found):
+            bundle = _Bundle(**found)
+            for group, moved in zip(self.param_groups, bundle.moved, strict=False):
+                part = self._part(group, len(bundle.heights), with_newest=False)
+                self._shift(group, part, moved)
         self._drop()
 
     @torch.no_grad()
@@ -160,126 +179,118 @@ class BORAT(LossOptimizer):
             gram.append(row)
         a = self._weights(bundle, value)
         is_last = size + 2 == self.param_groups[0]["num_pieces"]
-        for group, part in zip(self.param_groups, parts, strict=True):
-            (self._finish if is_last else self._go)(group, part, size, a)
+        for group, part, moved in zip(self.param_groups, parts, bundle.moved, strict=True):
+            ahead = [float(group["lr"]) * weight for weight in a]
+            back = [*moved, 0.0]
+            self._shift(group, part, [b - c for b, c in zip(back, ahead, strict=True)], ahead if is_last else None)
+            moved[:] = ahead
+            if is_last:
+                project_(group)
+            else:
+                self._keep(group, part, size)
         if is_last:
             self._drop()
         else:
-            self._notes["bundle"] = {**bundle._asdict(), "weights": a}
+            self._notes["bundle"] = bundle._asdict()
         return returned
 
     def _bundle(self) -> _Bundle:
-        """Return the bundle in the making, or a new one. It is closed where the shapes of parameters have changed."""
-        shapes = shapes_of([p for group in self.param_groups for p in group["params"]])
+        """Return the bundle in the making, or a new one: where shapes have changed, or a gradient was overwritten."""
         found = self._notes.get("bundle")
-        if found is not None and (found["shapes"] != shapes or len(found["grams"]) != len(self.param_groups)):
+        if found is not None and not self._is_whole(found):
             self._drop()
             found = None
         if found is None:
             for group in self.param_groups:
                 follow_growth(group)
-            return _Bundle([], [[] for _ in self.param_groups], [], shapes)
-        grams = [[list(row) for row in gram] for gram in found["grams"]]
-        return _Bundle(list(found["heights"]), grams, found["weights"], found["shapes"])
+            return _Bundle([], [[] for _ in self.param_groups], [[] for _ in self.param_groups], self._shapes)
+        return _Bundle(**copy.deepcopy(found))  # a step that is skipped leaves all as it was
 
-    def _part(self, group: dict[str, Any], size: int) -> _Part:
+    @property
+    def _shapes(self) -> int:
+        return shapes_of([p for group in self.param_groups for p in group["params"]])
+
+    def _is_whole(self, found: dict[str, Any]) -> bool:
+        """Return whether a bundle belongs to the network as it is, and its gradients are what they were."""
+        if found["shapes"] != self._shapes or len(found["grams"]) != len(self.param_groups):
+            return False
+        for group in self.param_groups:
+            held = [
+                (p, f"{GRADIENT}_{i}")
+                for p in group["params"]
+                if p in self.state
+                for i in range(len(found["grams"][0]))
+            ]
+            kept = [(self.state[p][key], p.grad) for p, key in held if key in self.state[p]]
+            if not self._kept.are_intact(group, [g for g, _ in kept], [grad for _, grad in kept]):
+                return False
+        return True
+
+    def _part(self, group: dict[str, Any], size: int, *, with_newest: bool = True) -> _Part:
         """Return what a group brings to the bundle: its parameters with a gradient, now or before."""
-        params, grads = self._with_gradients(group)
-        earlier = [p for p in group["params"] if GRADIENTS in self.state.get(p, {})]
-        kept = []
+        having = []
         for i in range(size):
-            having = [p for p in earlier if self.state[p][GRADIENTS][i] is not None]
-            kept.append((having, [self.state[p][GRADIENTS][i] for p in having]))
-        return _Part([*kept, (params, grads)])
+            key = f"{GRADIENT}_{i}"
+            params = [p for p in group["params"] if key in self.state.get(p, {})]
+            having.append((params, [self.state[p][key] for p in params]))
+        return _Part([*having, *([self._with_gradients(group)] * with_newest)])
 
     def _weights(self, bundle: _Bundle, loss: float) -> list[float]:
         """Take the newest piece in, and return the weights of all pieces but the bound."""
-        rates = [float(group["lr"]) for group in self.param_groups]
         size = len(bundle.heights)
         gram = torch.zeros(size + 2, size + 2, dtype=torch.float64)
-        for rate, rows in zip(rates, bundle.grams, strict=True):
+        displaced = 0.0
+        for group, rows, moved in zip(self.param_groups, bundle.grams, bundle.moved, strict=True):
             for i, row in enumerate(rows):
-                gram[i + 1, 1 : i + 2] += rate * torch.tensor(row, dtype=torch.float64)
+                gram[i + 1, 1 : i + 2] += float(group["lr"]) * torch.tensor(row, dtype=torch.float64)
+            displaced += sum(m * product for m, product in zip(moved, rows[size], strict=False))
         gram = gram + gram.tril(-1).T
-        weights = torch.tensor(bundle.weights, dtype=torch.float64)
-        displaced = float(gram[size + 1, 1 : size + 1] @ weights)  # b = l - <g, p - w_0>, p = w_0 - eta sum a_j g_j
-        bundle.heights.append(loss - self.param_groups[0]["lower_bound"] + displaced)
+        bundle.heights.append(loss - self.param_groups[0]["lower_bound"] + displaced)  # l - <g, w - w_0>
         heights = torch.tensor([0.0, *bundle.heights], dtype=torch.float64)
         found: list[float] = bundle_weights(gram, heights)[1:].tolist()
         return found
 
-    def _go(self, group: dict[str, Any], part: _Part, size: int, a: list[float]) -> None:
-        """Go to the next auxiliary point, and keep what the bundle needs."""
+    def _keep(self, group: dict[str, Any], part: _Part, number: int) -> None:
+        """Keep the newest gradients."""
         params, grads = part.pieces[-1]
-        if size == 0 and self._in_blocks(group, params):
-            for p, g in zip(params, grads, strict=True):
-                start, kept = torch.empty_like(p, requires_grad=False), torch.empty_like(g)
-                self.state[p].update({START: start, GRADIENTS: [kept]})
-                for piece in pieces((p, g, start, kept), 1, CHUNK):
-                    w, d, w_0, copy = piece.tensors
-                    w_0.copy_(w)
-                    copy.copy_(d)
-                    w.add_(d, alpha=-float(group["lr"]) * a[0])
-            return
-        for p, g in zip(params, grads, strict=True):
-            state = self.state[p]
-            if START not in state:
-                state[START] = p.detach().clone(memory_format=torch.preserve_format)
-            state.setdefault(GRADIENTS, [None] * size).append(g.detach().clone(memory_format=torch.preserve_format))
-        for p in group["params"]:
-            gradients = self.state[p][GRADIENTS] if GRADIENTS in self.state.get(p, {}) else None
-            if gradients is not None and len(gradients) == size:
-                gradients.append(None)
-        self._move(group, part, a, size)
+        states = [self.state[p] for p in params]
+        self._kept.keep(group, states, grads, owned=False, key=f"{GRADIENT}_{number}")
 
-    def _finish(self, group: dict[str, Any], part: _Part, size: int, a: list[float]) -> None:
-        """Take the step of the bundle."""
-        momentum, params = group["momentum"], part.params
-        if momentum and params:
-            buffers = momentum_buffers(self.state, params)
-            if self._in_blocks(group, params):
-                self._move(group, part, a, size, momentum)
-            else:
-                torch._foreach_mul_(buffers, momentum)
-                for (having, grads), weight in zip(part.pieces, a, strict=True):
-                    moved = [self.state[p]["momentum_buffer"] for p in having]
-                    _subtract(group, moved, grads, float(group["lr"]) * weight)
-                self._move(group, part, a, size)
-                _subtract(group, params, buffers, -momentum)
-        else:
-            self._move(group, part, a, size)
-        project_(group)
+    def _shift(self, group: dict[str, Any], part: _Part, shares: list[float], step: list[float] | None = None) -> None:
+        r"""Add gradients to parameters, each piece times its share; with a step, momentum follows it and is added.
 
-    def _move(self, group: dict[str, Any], part: _Part, a: list[float], size: int, momentum: float = 0.0) -> None:
-        """Go to the start of the bundle minus the weighted gradients."""
-        rates = [float(group["lr"]) * weight for weight in a]
-        starts = {id(p): self.state[p][START] for p in part.params if size and START in self.state[p]}
-        if self._in_blocks(group, part.params):
-            for p in part.params:
-                steps = [(g, rates[i]) for i, g in part.of[id(p)] if rates[i]]
-                buffer = self.state[p]["momentum_buffer"] if momentum else None
-                _move_in_blocks(p, starts.get(id(p)), buffer, steps, momentum)
-            return
-        for p in part.params:
-            if id(p) in starts:
-                p.copy_(starts[id(p)])
-        for (having, grads), rate in zip(part.pieces, rates, strict=True):
-            _subtract(group, having, grads, rate)
-
-    def _in_blocks(self, group: dict[str, Any], params: Sequence[Tensor]) -> bool:
-        """Whether parameters are moved block by block, which pays on the CPU."""
-        return not self._is_slow(group) and all(p.device.type == "cpu" for p in params)
+        Args:
+            group: The param group.
+            part: Its pieces of the bundle.
+            shares: One for each piece.
+            step: The same for the step of a whole bundle from its start, along negative gradients.
+        """
+        params, momentum = part.params, group["momentum"] if step is not None else 0.0
+        buffers = dict(zip(map(id, params), momentum_buffers(self.state, params), strict=True)) if momentum else {}
+        whole = part
+        if not self._is_slow(group) and (momentum or len(part.pieces) > 1):
+            whole, large = part.parted()
+            for p, grads in large:
+                _shift_in_blocks(p, grads, shares, buffers.get(id(p)), step or [], momentum)
+        velocities = [buffers[id(p)] for p in whole.params] if momentum else []
+        if momentum and whole.params:
+            torch._foreach_mul_(velocities, momentum)
+        for number, (having, grads) in enumerate(whole.pieces):
+            if momentum and step is not None:
+                _subtract(group, [buffers[id(p)] for p in having], grads, step[number])
+            _subtract(group, having, grads, -shares[number])
+        if momentum:
+            _subtract(group, whole.params, velocities, -momentum)
 
     def _drop(self) -> None:
         """Forget the bundle."""
         self._notes.pop("bundle", None)
-        for key in list(self.state):
-            if isinstance(key, Tensor):
-                state = self.state[key]
-                state.pop(START, None)
-                state.pop(GRADIENTS, None)
-                if not state:
-                    del self.state[key]
+        for p in [p for group in self.param_groups for p in group["params"] if p in self.state]:
+            state = self.state[p]
+            for key in [key for key in state if key.startswith(GRADIENT)]:
+                del state[key]
+            if not state:
+                del self.state[p]
 
     @override
     def _check(self, group: dict[str, Any]) -> None:
@@ -305,13 +316,13 @@ class _Bundle(NamedTuple):
     Attributes:
         heights: Each tangent at the start of the bundle, above the bound.
         grams: For each param group, the lower triangle of dot products of gradients.
-        weights: The weights that led to the present point.
+        moved: For each param group, how far the present point is from the start along each negative gradient.
         shapes: Tells whether the network has changed.
     """
 
     heights: list[float]
     grams: list[list[list[float]]]
-    weights: list[float]
+    moved: list[list[float]]
     shapes: int
 
 
@@ -321,73 +332,84 @@ class _Part:
     Attributes:
         pieces: For each piece, the parameters that had a gradient, and their gradients.
         params: All of them.
-        of: For each parameter, its gradients, with the number of the piece.
     """
 
-    def __init__(self, kept: list[tuple[list[Tensor], list[Tensor]]]) -> None:
-        self.pieces = kept
-        self.params = list({id(p): p for params, _ in kept for p in params}.values())
-        self.of: dict[int, list[tuple[int, Tensor]]] = {id(p): [] for p in self.params}
-        for number, (params, grads) in enumerate(kept):
+    def __init__(self, found: list[tuple[list[Tensor], list[Tensor]]]) -> None:
+        self.pieces = found
+        self.params = list({id(p): p for params, _ in found for p in params}.values())
+
+    def parted(self) -> tuple[_Part, list[tuple[Tensor, list[tuple[int, Tensor]]]]]:
+        """Return what is small or not on the CPU, and each large parameter with its gradients, which have numbers."""
+        large: dict[int, tuple[Tensor, list[tuple[int, Tensor]]]] = {
+            id(p): (p, []) for p in self.params if p.numel() >= SMALL and p.device.type == "cpu"
+        }
+        rest: list[tuple[list[Tensor], list[Tensor]]] = []
+        for number, (params, grads) in enumerate(self.pieces):
+            rest.append(([], []))
             for p, g in zip(params, grads, strict=True):
-                self.of[id(p)].append((number, g))
+                if id(p) in large:
+                    large[id(p)][1].append((number, g))
+                else:
+                    rest[-1][0].append(p)
+                    rest[-1][1].append(g)
+        return _Part(rest), list(large.values())
 
 
 def _rows(loss: Tensor, parts: list[_Part], size: int, *, slow: bool) -> tuple[float, list[list[float]]]:
     """Return the loss, and for each group the dot products of the newest gradient with all: one wait for the device."""
     sums = []
     for part in parts:
-        params, grads = part.pieces[-1]
-        if not slow and all(g.device.type == "cpu" and g.dtype in (torch.float32, torch.float64) for g in grads):
-            sums += _row_in_blocks(part, size)
-            continue
-        newest = {id(p): g for p, g in zip(params, grads, strict=True)}
-        for i, (having, kept) in enumerate(part.pieces):
-            pairs = [(newest[id(p)], g) for p, g in zip(having, kept, strict=True) if id(p) in newest]
+        row: list[list[Tensor]] = [[] for _ in range(size + 1)]
+        rest = part
+        if not slow and size:
+            rest, large = part.parted()
+            for _, grads in large:
+                _products_in_blocks(grads, size, row)
+        params, newest = rest.pieces[-1]
+        gradient_of = {id(p): g for p, g in zip(params, newest, strict=True)}
+        for i, (having, kept) in enumerate(rest.pieces):
+            if i == size:
+                row[i].append(plain_square(newest, loss) if slow else squared_norm(newest))
+                continue
+            pairs = [(gradient_of[id(p)], g) for p, g in zip(having, kept, strict=True) if id(p) in gradient_of]
             if slow:
-                sums.append(
-                    sum(((x.to(loss.dtype) * y.to(loss.dtype)).sum() for x, y in pairs), torch.zeros_like(loss))
-                )
-            elif i == size:
-                sums.append(squared_norm([x for x, _ in pairs]))
+                row[i] += [(x.to(loss.dtype) * y.to(loss.dtype)).sum() for x, y in pairs]
             else:
-                sums.append(dot([x for x, _ in pairs], [y for _, y in pairs]))
+                row[i].append(dot([x for x, _ in pairs], [y for _, y in pairs]))
+        sums += [total([s.to(loss) for s in column]) for column in row]
     value, *numbers = torch.stack([loss, *(s.to(loss) for s in sums)]).tolist()
     return value, [numbers[k * (size + 1) : (k + 1) * (size + 1)] for k in range(len(parts))]
 
 
-def _row_in_blocks(part: _Part, size: int) -> list[Tensor]:
-    """Return the dot products of the newest gradient with all, block by block: each number is read once from memory."""
-    sums: list[list[Tensor]] = [[] for _ in range(size + 1)]
-    for p in part.pieces[-1][0]:
-        numbers, grads = zip(*part.of[id(p)], strict=True)
-        for piece in pieces(grads, 1, CHUNK):
-            for number, g in zip(numbers, piece.tensors, strict=True):
-                sums[number].append(unit_products(piece.tensors[-1], g, 1))
-    return [total(s) for s in sums]
+def _products_in_blocks(grads: list[tuple[int, Tensor]], newest: int, row: list[list[Tensor]]) -> None:
+    """Add the products of a parameter's newest gradient with all to a row, reading each number once from memory."""
+    if grads[-1][0] != newest:
+        return
+    for piece in pieces([g for _, g in grads], 1, CHUNK):
+        for (number, _), g in zip(grads, piece.tensors, strict=True):
+            row[number].append(product(piece.tensors[-1], g))
 
 
-def _move_in_blocks(
-    p: Tensor, start: Tensor | None, buffer: Tensor | None, steps: Sequence[tuple[Tensor, float]], momentum: float
+def _shift_in_blocks(
+    p: Tensor,
+    grads: list[tuple[int, Tensor]],
+    shares: Sequence[float],
+    buffer: Tensor | None,
+    step: Sequence[float],
+    momentum: float,
 ) -> None:
-    """Do what `_move` and `_finish` do for one parameter, block by block: each number is read once from memory."""
-    kept = [x for x in (start, buffer) if x is not None]
-    for piece in pieces((p, *kept, *(g for g, _ in steps)), 1, CHUNK):
-        w, *rest = piece.tensors
-        w_0 = rest.pop(0) if start is not None else None
-        v = rest.pop(0) if buffer is not None else None
-        if v is not None:
-            v.mul_(momentum)
-        if w_0 is not None and not steps:
-            w.copy_(w_0)
-        for number, (g, (_, rate)) in enumerate(zip(rest, steps, strict=True)):
-            if v is not None:
-                v.add_(g, alpha=-rate)
-            if w_0 is not None and number == 0:
-                torch.add(w_0, g, alpha=-rate, out=w)
-            else:
-                w.add_(g, alpha=-rate)
-        if v is not None:
+    """Do for one parameter what `BORAT._shift` does, block by block: each number is read once from memory."""
+    kept = [p] if buffer is None else [p, buffer]
+    for piece in pieces((*kept, *(g for _, g in grads)), 1, CHUNK):
+        w, gradients = piece.tensors[0], piece.tensors[len(kept) :]
+        for (number, _), g in zip(grads, gradients, strict=True):
+            if shares[number]:
+                w.add_(g, alpha=shares[number])
+        if buffer is not None:
+            v = piece.tensors[1].mul_(momentum)
+            for (number, _), g in zip(grads, gradients, strict=True):
+                if step[number]:
+                    v.add_(g, alpha=-step[number])
             w.add_(v, alpha=momentum)
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grow.optim.base import at_least_zero, within
-from lightning_grow.optim.directions import Direction, direction_of
+from lightning_grow.optim.directions import Direction, FusedDirection, Gradient, direction_of
 from lightning_grow.optim.kept import KEY
 from lightning_grow.optim.ladder import LAYER, LEVELS, PARAMETER, UNIT, Ladder, Level
 from lightning_grow.optim.layers import Grouping, Layers
 from lightning_grow.optim.pieces import CHUNK, Piece, of_units, pieces, unit_products, unit_sums
 from lightning_grow.optim.rate_owner import RateOwner, owns_gradients
-from lightning_grow.optim.tensors import Rate, can_fuse, wide_dtype
+from lightning_grow.optim.tensors import SMALL, Rate, can_fuse, flattened, product, subtract_, wide_dtype
 
 Base = Literal["sgd", "sgdn", "adam"]
 Norm = Literal["softmax", "sum"]
@@ -171,10 +171,11 @@ class CAMHD(RateOwner):
             "max_change": max_change,
             "maximize": maximize,
             "foreach": foreach,
+            "copy_grad": copy_grad,
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        super().__init__(params, options, copy_grad)
+        super().__init__(params, options)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -277,13 +278,13 @@ class CAMHD(RateOwner):
         moving = [_Moving(places[id(p)], p, g, self.state[p]) for p, g in zip(params, grads, strict=True)]
         ladder = Ladder(group, layers, trained, self.state, params[0].device, self._written)
         direction = direction_of(group)
-        ladder.descend(*_measured(ladder, direction, self._with_last(direction, moving)))
+        ladder.descend(*_measured(ladder, direction, self._with_last(group, direction, moving)))
         for m in moving:
             direction.begin(m.param, m.state)
         _move(ladder, direction, moving)
         ladder.write()
         if KEY in direction.last_needs:
-            self._kept.keep([m.state for m in moving], grads, owned=owns_gradients(group))
+            self._kept.keep(group, [m.state for m in moving], grads, owned=owns_gradients(group))
 
     def _trained(self, group: dict[str, Any]) -> tuple[list[Tensor], Layers]:
         """Return the parameters of a group that are trained, and their layers, which are kept while shapes last."""
@@ -301,13 +302,12 @@ class CAMHD(RateOwner):
             known = self._layers[number] = key, Layers([p for p, _ in trained], known_names, self.grouping, device)
         return [p for p, _ in trained], known[1]
 
-    def _with_last(self, direction: Direction, moving: Sequence[_Moving]) -> Sequence[_Moving]:
+    def _with_last(self, group: dict[str, Any], direction: Direction, moving: Sequence[_Moving]) -> Sequence[_Moving]:
         """Return the tensors of which the direction of the last step is known."""
         known = [m for m in moving if all(name in m.state for name in direction.last_needs)]
         if KEY not in direction.last_needs or not known:
             return known
-        intact = self._kept.previous([m.state for m in known], [m.grad for m in known])
-        return [] if intact is None else known
+        return known if self._kept.are_intact(group, [m.state[KEY] for m in known], [m.grad for m in known]) else []
 
 
 class _Moving(NamedTuple):
@@ -329,12 +329,16 @@ def _measured(ladder: Ladder, direction: Direction, moving: Sequence[_Moving]) -
     dtype = wide_dtype(ladder.device)
     sums: list[Tensor | None] = [None] * len(ladder.params)
     weighted: list[Tensor] = []
+    if ladder.in_pieces:
+        moving, small = _parted(moving)
+        if small:
+            for m, those in zip(small, _measured_together(ladder, direction, small, weighted), strict=True):
+                sums[m.place] = those
     for m in moving:
         num_units = ladder.num_units(m.place)
         found: list[Tensor] = []
-        for piece in _in_pieces(
-            ladder, m, [m.grad], direction.last_needs, has_scratch=direction.has_scratch or num_units > 1
-        ):
+        scratch = direction.has_scratch or num_units > 1
+        for piece in _in_pieces(ladder, m, [m.grad], direction.last_needs, num_units, has_scratch=scratch):
             grad, *parts = piece.tensors
             u, grad = _wide(direction.last(parts, m.state)), _wide(grad)
             if not ladder.has_parameters:
@@ -357,15 +361,47 @@ def _measured(ladder: Ladder, direction: Direction, moving: Sequence[_Moving]) -
     return whole, weighted
 
 
+def _parted(moving: Sequence[_Moving]) -> tuple[list[_Moving], list[_Moving]]:
+    """Return large tensors, and small ones that can be worked on as one: of one device, and as old as each other."""
+    large, small = [], []
+    for m in moving:
+        (small if m.param.numel() < SMALL else large).append(m)
+    if len({m.state.get("step") for m in small}) > 1 or len({m.param.device for m in small}) > 1:
+        return list(moving), []
+    return large, small
+
+
+def _measured_together(
+    ladder: Ladder, direction: Direction, small: Sequence[_Moving], weighted: list[Tensor]
+) -> Sequence[Tensor]:
+    """Return the sums of H of small tensors, with few calls for all of them; see `_measured`."""
+    remembered = [flattened([m.state[name] for m in small]) for name in direction.last_needs]
+    products = _wide(flattened([m.grad for m in small])) * _wide(direction.last(remembered, small[0].state))
+    if ladder.has_parameters:
+        rates = [m.state[PARAMETER] for m in small]
+        if ladder.learns_weights:
+            weighted.append(product(flattened(rates).to(products), products).to(wide_dtype(ladder.device)))
+        for m, r, h in zip(small, rates, products.split([r.numel() for r in rates]), strict=True):
+            ladder.descend_parameters_(m.place, r, h.view(r.shape))
+    places, counts = ladder.places_of_sums(tuple(m.place for m in small))
+    products = products.to(wide_dtype(products.device))
+    return products.new_zeros(sum(counts)).index_add_(0, places, products).split(counts)
+
+
 def _move(ladder: Ladder, direction: Direction, moving: Sequence[_Moving]) -> None:
     """Take the step."""
     group = ladder.group
     decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-    if group["foreach"] is not False and not ladder.has_units and not ladder.has_parameters and not decay:
-        moving = _move_fused(ladder, direction, moving)
+    if group["foreach"] is not False and not ladder.has_parameters:
+        if isinstance(direction, Gradient):
+            _move_along_gradients(ladder, moving, decay)
+            return
+        if isinstance(direction, FusedDirection) and not ladder.has_units and not decay:
+            moving = _move_fused(ladder, direction, moving)
     for m in moving:
         common, share, own = ladder.common(m.place), ladder.share_of_parameters, None
-        for piece in _in_pieces(ladder, m, [m.param, m.grad], direction.next_needs, has_scratch=direction.has_scratch):
+        tensors, num_units = [m.param, m.grad], ladder.num_units(m.place)
+        for piece in _in_pieces(ladder, m, tensors, direction.next_needs, num_units, has_scratch=direction.has_scratch):
             p, grad, *parts = piece.tensors
             u, rate = direction.next(grad, parts, m.state), of_units(common, piece)
             if ladder.has_parameters:
@@ -378,7 +414,21 @@ def _move(ladder: Ladder, direction: Direction, moving: Sequence[_Moving]) -> No
                 _subtract_(p, u, rate, own, share)
 
 
-def _move_fused(ladder: Ladder, direction: Direction, moving: Sequence[_Moving]) -> list[_Moving]:
+def _move_along_gradients(ladder: Ladder, moving: Sequence[_Moving], decay: float) -> None:
+    """Take the step of gradient descent, with few calls."""
+    if not moving:
+        return
+    params, grads = [m.param for m in moving], [m.grad for m in moving]
+    if ladder.levels == ("global",) and not decay:
+        subtract_(params, grads, ladder.common(moving[0].place))
+        return
+    rates = ladder.factors([m.place for m in moving])
+    if decay:
+        torch._foreach_mul_(params, [1 - decay * rate for rate in rates])
+    torch._foreach_addcmul_(params, grads, rates, value=-1)
+
+
+def _move_fused(ladder: Ladder, direction: FusedDirection, moving: Sequence[_Moving]) -> list[_Moving]:
     """Take the step of tensors that share a rate by one kernel of torch's; return those that it cannot take."""
     lists: dict[int, list[_Moving]] = {}
     for m in moving:
@@ -395,15 +445,14 @@ def _move_fused(ladder: Ladder, direction: Direction, moving: Sequence[_Moving])
 
 
 def _in_pieces(
-    ladder: Ladder, m: _Moving, tensors: list[Tensor], names: Sequence[str], *, has_scratch: bool
+    ladder: Ladder, m: _Moving, tensors: list[Tensor], names: Sequence[str], num_units: int, *, has_scratch: bool
 ) -> list[Piece]:
     """Return tensors, state, and rates of parameters if there are any, in pieces where that keeps them in the cache."""
     tensors = [*tensors, *(m.state[name] for name in names)]
     if ladder.has_parameters:
         tensors.append(m.state[PARAMETER])
-    is_worth_it = m.param.device.type == "cpu" and (has_scratch or ladder.has_parameters)
-    chunk = CHUNK if is_worth_it and ladder.group["foreach"] is not False else None
-    return pieces(tensors, ladder.num_units(m.place), chunk)
+    is_worth_it = ladder.in_pieces and (has_scratch or ladder.has_parameters)
+    return pieces(tensors, num_units, CHUNK if is_worth_it else None)
 
 
 def _subtract_(p: Tensor, u: Tensor, rate: Rate, own: Tensor | None, share: Rate) -> None:

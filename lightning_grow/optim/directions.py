@@ -11,13 +11,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grow.optim.kept import KEY
-from lightning_grow.optim.tensors import Rate, subtract_
+from lightning_grow.optim.tensors import Rate
 
 States = Sequence[Mapping[str, Any]]
 
 
 class Direction(ABC):
-    """How a base optimizer goes: piece by piece, or by a kernel of torch's for a list of tensors with one rate.
+    """How a base optimizer goes, piece by piece.
 
     Attributes:
         last_needs: Names of the state that the last direction is computed from.
@@ -43,6 +43,10 @@ class Direction(ABC):
     def next(self, grad: Tensor, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
         """Return the direction of the next step; pieces of what `next_needs` names take in the gradient."""
 
+
+class FusedDirection(Direction):
+    """A direction for which torch has a kernel that takes the whole step of a list of tensors with one rate."""
+
     @abstractmethod
     def fused_(self, params: list[Tensor], grads: list[Tensor], states: States, rate: Rate) -> None:
         """Take the step of tensors, with what `next_needs` names, that `can_fuse` has found fit."""
@@ -63,12 +67,8 @@ class Gradient(Direction):
     def next(self, grad: Tensor, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
         return grad
 
-    @override
-    def fused_(self, params: list[Tensor], grads: list[Tensor], states: States, rate: Rate) -> None:
-        subtract_(params, grads, rate)
 
-
-class Nesterov(Direction):
+class Nesterov(FusedDirection):
     """Gradient descent with Nesterov's momentum: ``g + momentum * v`` with ``v = momentum * v + g``."""
 
     last_needs = (KEY, "momentum_buffer")
@@ -102,7 +102,7 @@ class Nesterov(Direction):
         )
 
 
-class Adam(Direction):
+class Adam(FusedDirection):
     """Adam: the first moment over the root of the second, both corrected for their start at zero, as torch has it."""
 
     last_needs = ("exp_avg", "exp_avg_sq")

@@ -23,7 +23,19 @@ from lightning_grow.optim.directions import Adam
 from lightning_grow.optim.kept import KEY
 from lightning_grow.optim.pieces import CHUNK, pieces
 from lightning_grow.optim.rate_owner import RateOwner, owns_gradients
-from lightning_grow.optim.tensors import Rate, as_rate, can_fuse, clipped, dot, product, subtract_, total, wide_dtype
+from lightning_grow.optim.tensors import (
+    SMALL,
+    Rate,
+    as_rate,
+    can_fuse,
+    clipped,
+    dot,
+    flattened,
+    product,
+    subtract_,
+    total,
+    wide_dtype,
+)
 
 Rule = Literal["additive", "multiplicative"]
 
@@ -34,9 +46,9 @@ class Hypergradient(RateOwner, ABC):
     A method says along which direction the last step went (`_agreement`), and takes the next one (`_advance`).
     """
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], shared: bool, copy_grad: bool = False) -> None:
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], shared: bool) -> None:
         self.shared = shared
-        super().__init__(params, defaults, copy_grad)
+        super().__init__(params, defaults)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -209,10 +221,11 @@ class SGDHD(Hypergradient):
             "rule": rule,
             "maximize": maximize,
             "foreach": foreach,
+            "copy_grad": copy_grad,
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        super().__init__(params, options, shared, copy_grad)
+        super().__init__(params, options, shared)
 
     @override
     def _check(self, group: dict[str, Any]) -> None:
@@ -236,8 +249,8 @@ class SGDHD(Hypergradient):
         velocities = [state["momentum_buffer"] for state in states] if momentum else []
         if momentum and not nesterov:
             return _relative(group, dot(grads, velocities), grads, lambda: dot(velocities, velocities))
-        previous = self._kept.previous(states, grads)
-        if previous is None:
+        previous = [state[KEY] for state in states]
+        if not self._kept.are_intact(group, previous, grads):
             return nothing
         product = dot(grads, previous)
         if nesterov:
@@ -269,7 +282,7 @@ class SGDHD(Hypergradient):
                 if chosen:
                     (_loop_ if one_by_one else _whole_)(*some, velocities, group, is_first=chosen is fresh)
         if not momentum or nesterov:
-            self._kept.keep(states, grads, owned=owns_gradients(group))
+            self._kept.keep(group, states, grads, owned=owns_gradients(group))
 
 
 def _loop_(
@@ -449,11 +462,19 @@ class AdamHD(Hypergradient):
         device = params[0].device
         sums = [torch.zeros((2,), dtype=wide_dtype(device), device=device)]
         wants_length = group["rule"] == "multiplicative"
+        small: dict[tuple[torch.device, float], list[tuple[Tensor, dict[str, Any]]]] = {}
         for p, g in zip(params, grads, strict=True):
             state = self.state.get(p, {})
-            if state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
-                found = _adam_product(g, state, group, wants_length)
-                sums.append(found.to(sums[0]))
+            if not state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
+                continue
+            if p.numel() < SMALL and state["step"].device.type == "cpu" and group["foreach"] is not False:
+                small.setdefault((p.device, state["step"].item()), []).append((g, state))
+            else:
+                sums.append(_adam_product(g, state, group, wants_length).to(sums[0]))
+        for (_, step), rows in small.items():
+            together = {name: flattened([state[name] for _, state in rows]) for name in ("exp_avg", "exp_avg_sq")}
+            together["step"] = torch.tensor(step)
+            sums.append(_adam_product(flattened([g for g, _ in rows]), together, group, wants_length).to(sums[0]))
         product, length = torch.stack(sums).sum(dim=0)
         return _relative(group, product, grads, lambda: length)
 

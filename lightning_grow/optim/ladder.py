@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import MutableMapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -47,6 +47,7 @@ class Ladder:
         learns_weights: Whether the weights change.
         has_units: Whether units have rates of their own.
         has_parameters: Whether parameters have rates of their own.
+        in_pieces: Whether tensors are worked on in pieces, and small ones together, which pays on a CPU.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Ladder:
         self.couples = group["coupling"] != "combination" and len(self.levels) > 1
         self.learns_weights = len(self.levels) > 1 and not self.couples and group["weights_lr"] > 0
         self.has_units, self.has_parameters = "unit" in self.levels, "parameter" in self.levels
+        self.in_pieces = group["foreach"] is not False and device.type == "cpu"
         self.weights: dict[Level, Any] = dict(zip(self.levels, group["weights"], strict=True))
         self._states = [state[p] for p in params]
         self._sums_of_rates: dict[int, list[Tensor]] = {}
@@ -135,6 +137,17 @@ class Ladder:
         """Return how many units with rates of their own a tensor is made of: 1 where its units share one."""
         number = self.layers.unit_group_of.get(place) if self.has_units else None
         return 1 if number is None else self.layers.unit_counts[number]
+
+    def places_of_sums(self, places: tuple[int, ...]) -> tuple[Tensor, list[int]]:
+        """Return where the entries of tensors, one after the other, belong among the sums over their units.
+
+        Args:
+            places: The places of the tensors.
+
+        Returns:
+            A number for each entry, and how many sums each tensor has.
+        """
+        return self.layers.places_of_sums(places, tuple(self.num_units(place) for place in places))
 
     # How they descend.
 
@@ -263,21 +276,39 @@ class Ladder:
         if self._unit is not None:
             per_unit = part[self.layers.layer_of_unit] if self._layer is not None else part
             self._of_units = self._share.get("unit", 0.0) * self._unit + per_unit
-        if self._layer is None:
-            self._of_layers: list[Any] = [part] * len(self.layers.names)
-        else:
-            self._of_layers = list(part.tolist() if self.device.type == "cpu" else part.unbind())
+        self._per_layer = part
+        self._of_layers: Sequence[Any] | None = None
         self._of_dtype: dict[tuple[torch.device, torch.dtype], Sequence[Tensor]] = {}
 
     def common(self, place: int) -> Rate:
         """Return the combined rate of a tensor without the parameter level: one number, or ``(units,)``."""
         if self._of_units is None or place not in self.layers.unit_group_of:
-            rate: Rate = self._of_layers[self.layers.layer_of[place]]
-            return rate
+            if self._layer is None:
+                return cast("Rate", self._per_layer)
+            if self._of_layers is None:
+                self._of_layers = self._per_layer.tolist() if self.device.type == "cpu" else self._per_layer.unbind()
+            return cast("Rate", self._of_layers[self.layers.layer_of[place]])
+        return self._rates_for(place)[self.layers.unit_group_of[place]]
+
+    def factors(self, places: Sequence[int]) -> list[Tensor]:
+        """Return the same for several tensors, each in the type of its tensor and ready to be multiplied with it."""
+        if self._of_units is None:
+            return [self._rates_for(place)[self.layers.layer_of[place]] for place in places]
+        of, shapes = self.layers.unit_group_of, self.layers.shapes_of_units
+        return [self._rates_for(place)[of[place]].view(shapes[place]) for place in places]
+
+    def _rates_for(self, place: int) -> Sequence[Tensor]:
+        """Return the rates of all groups of units, or else of all layers, in the type of a tensor."""
         key = self.params[place].device, self.params[place].dtype
-        if key not in self._of_dtype:
-            self._of_dtype[key] = torch.split(self._of_units.to(*key), self.layers.unit_counts)
-        return self._of_dtype[key][self.layers.unit_group_of[place]]
+        found = self._of_dtype.get(key)
+        if found is None:
+            if self._of_units is not None:
+                found = torch.split(self._of_units.to(*key), self.layers.unit_counts)
+            else:
+                rates = torch.as_tensor(self._per_layer, dtype=wide_dtype(self.device), device=self.device)
+                found = rates.expand(len(self.layers.names)).to(*key).unbind()
+            self._of_dtype[key] = found
+        return found
 
     @property
     def share_of_parameters(self) -> Any:

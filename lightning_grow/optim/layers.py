@@ -69,9 +69,11 @@ class Layers:
         grouping: Grouping | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        self._places: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Tensor, list[int]]] = {}
         self.params = list(map(str, range(len(params)))) if names is None else list(names)
         self._device = torch.device(device)
         self._is_on_device = all(p.device == self._device for p in params)
+        self._dims = [p.ndim for p in params]
         self._sizes = [p.numel() for p in params]
         keys = _by_name(names, grouping) if names is not None else _by_shape(params)
         found: dict[str, list[int]] = {}
@@ -132,6 +134,27 @@ class Layers:
             places = torch.cat([torch.arange(u.units.start, u.units.stop) for u in groups])
             ranks.append(([u.members[rank] for u in groups], places.to(self._device)))
         return ranks
+
+    @cached_property
+    def shapes_of_units(self) -> list[tuple[int, ...]]:
+        """For each tensor, the shape in which a number for each of its units can be multiplied with it."""
+        counts = [self.unit_counts[self.unit_group_of[place]] for place in range(len(self.params))]
+        return [(n, *(1,) * (dims - 1)) if n > 1 else () for n, dims in zip(counts, self._dims, strict=True)]
+
+    def places_of_sums(self, places: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Tensor, list[int]]:
+        """Return which of the sums over units each entry of tensors belongs to; see `Ladder.places_of_sums`.
+
+        Args:
+            places: The places of the tensors.
+            counts: Into how many sums each goes.
+        """
+        known = self._places.get((places, counts))
+        if known is None:
+            entries = torch.tensor([self._sizes[place] // n for place, n in zip(places, counts, strict=True)])
+            repeats = entries.repeat_interleave(torch.tensor(counts))
+            numbers = torch.arange(sum(counts)).repeat_interleave(repeats).to(self._device)
+            known = self._places[places, counts] = numbers, list(counts)
+        return known
 
     def sums_of_tensors(self, sums: Sequence[Tensor]) -> Tensor:
         """Add up a number for each tensor to one for each layer, always in the same order."""

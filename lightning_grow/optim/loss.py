@@ -178,7 +178,7 @@ class LossOptimizer(AdaptiveOptimizer):
 
     def _numbers(self, loss: Tensor, grads: list[Tensor], *, foreach: bool) -> tuple[float, float]:
         """Return the loss and the squared norm of all gradients: the one time in a step that waits for the device."""
-        square = squared_norm(grads) if foreach else _plain_square(grads, loss)
+        square = squared_norm(grads) if foreach else plain_square(grads, loss)
         value, square_value = torch.stack([loss, square.to(loss)]).tolist()
         return value, square_value
 
@@ -224,7 +224,8 @@ def is_finite(*values: float) -> bool:
     return all(math.isfinite(value) for value in values)
 
 
-def _plain_square(grads: list[Tensor], like: Tensor) -> Tensor:
+def plain_square(grads: list[Tensor], like: Tensor) -> Tensor:
+    """Return the squared norm of tensors, by a plain loop, in the type and on the device of a number."""
     return sum(((g.to(like.dtype) ** 2).sum().to(like.device) for g in grads), start=torch.zeros_like(like))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_grow.optim.pieces import CHUNK, pieces
-from lightning_grow.optim.tensors import subtract_
+from lightning_grow.optim.tensors import SMALL, subtract_
 
 
 def polyak_rate(excess: float, square: float, eps: float, cap: float) -> float:
@@ -52,10 +52,16 @@ def polyak_move_(
     if group["foreach"] is False:
         _plain_move_(group, params, grads, buffers, rate)
         return
-    if momentum and all(p.device.type == "cpu" for p in params):
+    if momentum:
+        rest = []
         for tensors in zip(params, grads, buffers, strict=True):
-            _move_in_blocks(*tensors, rate, momentum, group["weight_decay"], adjusted=adjusted)
-        return
+            if tensors[0].numel() >= SMALL and tensors[0].device.type == "cpu":
+                _move_in_blocks(*tensors, rate, momentum, group["weight_decay"], adjusted=adjusted)
+            else:
+                rest.append(tensors)
+        if not rest:
+            return
+        params, grads, buffers = (list(column) for column in zip(*rest, strict=True))
     if group["weight_decay"] and rate:
         torch._foreach_mul_(list(params), 1 - rate * group["weight_decay"])
     if rate:

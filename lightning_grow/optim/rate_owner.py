@@ -20,24 +20,19 @@ class RateOwner(AdaptiveOptimizer):
     Args:
         params: Parameters, named parameters, or param groups.
         defaults: Options of a param group, with those of `AdaptiveOptimizer`, ``hypergrad_lr``, ``weight_decay``,
-            ``decoupled_weight_decay``, ``lr_min`` and ``lr_max`` among them.
-        copy_grad: Whether kept gradients are copies from the beginning.
+            ``decoupled_weight_decay``, ``lr_min`` and ``lr_max`` among them; ``copy_grad`` where gradients are kept.
     """
 
     _kept: KeptGradients
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], copy_grad: bool = False) -> None:
-        self._kept = KeptGradients(copy_grad)
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._kept = KeptGradients()
         super().__init__(params, defaults)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._kept = KeptGradients(bool(self.__dict__.pop("copy_grad", False)))
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "copy_grad": self._kept.copies}
+        self._kept = KeptGradients()
 
     @override
     def _check(self, group: dict[str, Any]) -> None:

@@ -29,7 +29,29 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
         >>> dot([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])]).item()
         11.0
     """
-    return total([product(x, y) for x, y in zip(xs, ys, strict=True)])
+    large, small = [], []
+    for pair in zip(xs, ys, strict=True):
+        (small if pair[0].numel() < SMALL else large).append(pair)
+    products = [product(x, y) for x, y in large]
+    for device in {x.device for x, _ in small}:
+        rows = zip(*(pair for pair in small if pair[0].device == device), strict=True)
+        products.append(product(*(flattened(list(row)) for row in rows)))
+    return total(products)
+
+
+SMALL = 2**12
+"""Entries below which tensors are worked on together: a call for each would take longer than what it computes."""
+
+
+def flattened(xs: Sequence[Tensor]) -> Tensor:
+    """Return the entries of tensors of one device in one vector, those of each in the order of its dimensions.
+
+    Example:
+        >>> flattened([torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T, torch.tensor(5.0)])
+        tensor([1., 3., 2., 4., 5.])
+    """
+    vector: Tensor = torch._C._nn.flatten_dense_tensors(list(xs))
+    return vector
 
 
 def squared_norm(xs: Sequence[Tensor]) -> Tensor:
@@ -40,18 +62,23 @@ def squared_norm(xs: Sequence[Tensor]) -> Tensor:
         25.0
     """
     narrow = [x for x in xs if x.dtype in _NARROW]
-    others = [x for x in xs if x.dtype not in _NARROW]
+    wide = [x for x in xs if x.dtype not in _NARROW]
+    if not narrow and all(x.device.type == "cpu" for x in wide):  # the kernel for norms has one thread
+        return dot(wide, wide)
     norms = [*torch._foreach_norm(narrow, 2, dtype=torch.float32)] if narrow else []
-    norms += [*torch._foreach_norm(others, 2)] if others else []
-    return total([norm.to(wide_dtype(norm.device)).square() for norm in norms])
+    norms += [*torch._foreach_norm(wide, 2)] if wide else []
+    return total(norms, square=True)
 
 
-def total(sums: Sequence[Tensor]) -> Tensor:
-    """Add up 0-d tensors, in float64 where the device has it."""
+def total(sums: Sequence[Tensor], *, square: bool = False) -> Tensor:
+    """Add up 0-d tensors, or their squares, in float64 where the device has it."""
     if not sums:
         return torch.zeros((), dtype=torch.float64)
     device = sums[0].device
-    return torch.stack([s.to(device, wide_dtype(device)) for s in sums]).sum()
+    if any(s.device != device for s in sums):
+        sums = [s.to(device) for s in sums]
+    numbers = torch.stack(list(sums)).to(wide_dtype(device))
+    return (numbers.square_() if square else numbers).sum()
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -121,6 +148,8 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     """Return the product of two tensors, a 0-d tensor: without a temporary where they are laid out alike."""
     if x.dtype in _NARROW or y.dtype in _NARROW:
         x, y = x.float(), y.float()
+    if x.is_contiguous() and y.is_contiguous():
+        return torch.dot(x.view(-1), y.view(-1))
     flat = (as_flat(x), as_flat(y)) if x.stride() == y.stride() else (None, None)
     return (x * y).sum() if flat[0] is None or flat[1] is None else torch.dot(flat[0], flat[1])
 

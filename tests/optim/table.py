@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_grow.optim import ALIG, BORAT, CAMHD, SGDHD, SGDNHD, AdamHD
+from lightning_grow.optim import ALIG, BORAT, CAMHD, SGDHD, SGDNHD, AdamHD, ALIGPlus
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,14 @@ ROWS = {
         needs_loss=True,
         maximizes=False,
     ),
+    "alig_plus": Row(
+        ALIGPlus,
+        {"lr": 0.01, "num_examples": 8, "max_epochs": 10},
+        (torch.optim.SGD, {"lr": 0.01}),
+        {"momentum": 0.0},
+        needs_loss=True,
+        maximizes=False,
+    ),
     "borat": Row(
         BORAT,
         {"lr": 0.01, "num_pieces": 3, "momentum": 0.9},
@@ -135,6 +143,12 @@ def batch(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[torch.Tens
     return x, torch.randint(3, (8,), generator=generator)
 
 
+def tell(optimizer: torch.optim.Optimizer, losses: torch.Tensor) -> None:
+    """Tell the losses of single examples where an optimizer wants to know them."""
+    if isinstance(optimizer, ALIGPlus):
+        optimizer.feed(torch.arange(losses.numel()), losses.detach().reshape(-1))
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0, **zero: Any) -> list[float]:
     """Train for so many steps, each on a batch of its own; return the losses."""
     losses = []
@@ -143,9 +157,10 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first:
 
         def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
             optimizer.zero_grad(**zero)
-            loss = nn.functional.cross_entropy(model(x), y)
-            loss.backward()
-            return loss
+            losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+            losses.mean().backward()
+            tell(optimizer, losses)
+            return losses.mean()
 
         losses.append(optimizer.step(closure).item())
     return losses

@@ -184,7 +184,7 @@ def test_a_pickled_optimizer_copies_gradients_as_before():
     for copies in (False, True):
         optimizer = SGDHD([nn.Parameter(torch.ones(2))], copy_grad=copies, shared=True)
         again = pickle.loads(pickle.dumps(optimizer))
-        assert (again._kept.copies, again.shared) == (copies, True)
+        assert (again.param_groups[0]["copy_grad"], again.shared) == (copies, True)
 
 
 def test_gradients_do_not_outlive_a_resize():

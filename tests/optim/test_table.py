@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_grow.optim import AdamHD
+from lightning_grow.optim import AdamHD, borat, camhd, hypergradient, polyak, tensors
 from lightning_grow.structure import trace
 from lightning_grow.surgery import apply_, prune, split, widen
-from tests.optim.table import ROWS, batch, network, train
+from tests.optim.table import ROWS, batch, network, tell, train
 
 
 @pytest.fixture(params=ROWS)
@@ -43,7 +43,13 @@ def test_with_nothing_that_adapts_it_is_the_base(row, dtype, rtol):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_fast_form_is_the_plain_loop(row, layout):
+@pytest.mark.parametrize("size", ["small tensors", "large tensors"])
+def test_the_fast_form_is_the_plain_loop(row, layout, size, monkeypatch):
+    """Small tensors are worked on together, large ones in pieces."""
+    if size == "large tensors":
+        for module in (borat, camhd, hypergradient, polyak, tensors):
+            monkeypatch.setattr(module, "SMALL", 10)
+            monkeypatch.setattr(module, "CHUNK", 50, raising=False)
     fast, _ = trained(row, 6, layout=layout)
     also, _ = trained(row, 6, layout=layout, foreach=True)
     plain, _ = trained(row, 6, layout=layout, foreach=False)
@@ -59,6 +65,7 @@ def test_every_type_moves_and_stays_finite(row, dtype):
         optimizer = row.make([p])
         for _ in range(3):
             p.grad = p.detach() / 2
+            tell(optimizer, p.detach().float().square().mean())
             optimizer.step(lambda: p.detach().float().square().mean())
         moved = p.detach()
         before = torch.linspace(-1, 1, 12, dtype=dtype).reshape(3, 4)
@@ -86,6 +93,7 @@ def test_the_closure_runs_once_with_gradients_and_its_loss_comes_back(row):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(batch()[0]), batch()[1])
         loss.backward()
+        tell(optimizer, loss)
         return loss
 
     with torch.no_grad():
@@ -117,6 +125,7 @@ def test_a_group_that_is_added_later_trains(row):
         x, y = batch()
         loss = nn.functional.cross_entropy(model(x), y) + extra.square().sum()
         loss.backward()
+        tell(optimizer, loss)
         optimizer.step(lambda loss=loss: loss)
     assert (extra != 1).all()
 
@@ -157,6 +166,7 @@ def test_nothing_has_a_gradient(row):
     model = network()
     optimizer = row.make(model.parameters())
     before = weights(model)
+    tell(optimizer, torch.tensor(1.0))
     optimizer.step(lambda: torch.tensor(1.0))
     assert torch.equal(weights(model), before)
 
@@ -215,6 +225,7 @@ def test_gradients_are_left_as_they_are(row):
     loss = nn.functional.cross_entropy(model(x), y)
     loss.backward()
     before = [p.grad.clone() for p in model.parameters()]
+    tell(optimizer, loss)
     optimizer.step(lambda: loss)
     for p, grad in zip(model.parameters(), before, strict=True):
         assert torch.equal(p.grad, grad)
