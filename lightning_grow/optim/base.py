@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_grow.optim.fused import check_fused
+
 Closure = Callable[[], Any]
 
 
@@ -32,13 +34,15 @@ class AdaptiveOptimizer(Optimizer):
 
         Raises:
             ValueError: If an option is out of range, or a parameter is complex.
+            ModuleNotFoundError: If ``fused`` is True, and Numba is not there.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self._check(group)
             self._check_real(group)
-        except ValueError:
+            check_fused(group)
+        except (ValueError, ModuleNotFoundError):
             del self.param_groups[-1]
             raise
 

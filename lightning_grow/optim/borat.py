@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +13,12 @@ from typing_extensions import override
 from lightning_grow.optim.ball import check_ball, follow_growth, project_, shapes_of
 from lightning_grow.optim.base import within
 from lightning_grow.optim.bundle import bundle_weights
+from lightning_grow.optim.fused import Shift, dots, shift_
 from lightning_grow.optim.kept import KeptGradients
-from lightning_grow.optim.loss import LossOptimizer, is_finite, plain_square
+from lightning_grow.optim.loss import LossOptimizer, is_finite
 from lightning_grow.optim.pieces import CHUNK, pieces
 from lightning_grow.optim.polyak import momentum_buffers
-from lightning_grow.optim.tensors import SMALL, dot, product, squared_norm, subtract_, total
+from lightning_grow.optim.tensors import SMALL, dot, squared_norm, subtract_
 
 GRADIENT = "bundle_grad"
 
@@ -56,6 +56,8 @@ class BORAT(LossOptimizer):
             error. A bundle waits for the next.
         maximize: Refused.
         foreach: False: a plain loop over tensors, the reference.
+        fused: True: loops compiled by Numba (the extra ``fused``; in seconds, once) that read each number once, for
+            float32 and float64 on the CPU. Not together with ``foreach``.
         copy_grad: Keep copies of gradients. By default they are kept by reference; where something overwrites them in
             mid-bundle, that is noticed (but for writing through ``.data``), the present point becomes the start of a
             new bundle, and copies are made from then on.
@@ -100,6 +102,7 @@ class BORAT(LossOptimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         copy_grad: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
@@ -113,6 +116,7 @@ class BORAT(LossOptimizer):
             "max_skips": max_skips,
             "maximize": maximize,
             "foreach": foreach,
+            "fused": fused,
             "copy_grad": copy_grad,
             "differentiable": differentiable,
             "capturable": capturable,
@@ -170,7 +174,7 @@ class BORAT(LossOptimizer):
         size = len(bundle.heights)
         parts = [self._part(group, size) for group in self.param_groups]
         slow = any(self._is_slow(group) for group in self.param_groups)
-        value, rows = _rows(loss, parts, size, slow=slow)
+        value, rows = _rows(loss, parts, slow=slow)
         if not is_finite(value, *(number for row in rows for number in row)):
             self._skip(value, sum(row[-1] for row in rows))
             return returned
@@ -204,7 +208,8 @@ class BORAT(LossOptimizer):
             for group in self.param_groups:
                 follow_growth(group)
             return _Bundle([], [[] for _ in self.param_groups], [[] for _ in self.param_groups], self._shapes)
-        return _Bundle(**copy.deepcopy(found))  # a step that is skipped leaves all as it was
+        heights, grams, moved = list(found["heights"]), found["grams"], found["moved"]
+        return _Bundle(heights, [list(rows) for rows in grams], [list(each) for each in moved], found["shapes"])
 
     @property
     def _shapes(self) -> int:
@@ -214,14 +219,10 @@ class BORAT(LossOptimizer):
         """Return whether a bundle belongs to the network as it is, and its gradients are what they were."""
         if found["shapes"] != self._shapes or len(found["grams"]) != len(self.param_groups):
             return False
+        keys = [f"{GRADIENT}_{i}" for i in range(len(found["heights"]))]
         for group in self.param_groups:
-            held = [
-                (p, f"{GRADIENT}_{i}")
-                for p in group["params"]
-                if p in self.state
-                for i in range(len(found["grams"][0]))
-            ]
-            kept = [(self.state[p][key], p.grad) for p, key in held if key in self.state[p]]
+            states = [(p.grad, self.state[p]) for p in group["params"] if p in self.state]
+            kept = [(state[key], grad) for key in keys for grad, state in states if key in state]
             if not self._kept.are_intact(group, [g for g, _ in kept], [grad for _, grad in kept]):
                 return False
         return True
@@ -233,21 +234,26 @@ class BORAT(LossOptimizer):
             key = f"{GRADIENT}_{i}"
             params = [p for p in group["params"] if key in self.state.get(p, {})]
             having.append((params, [self.state[p][key] for p in params]))
-        return _Part([*having, *([self._with_gradients(group)] * with_newest)])
+        newest = [self._with_gradients(group)] if with_newest else []
+        return _Part([*having, *newest], fused=bool(group["fused"]))
 
     def _weights(self, bundle: _Bundle, loss: float) -> list[float]:
         """Take the newest piece in, and return the weights of all pieces but the bound."""
         size = len(bundle.heights)
-        gram = torch.zeros(size + 2, size + 2, dtype=torch.float64)
+        gram = [[0.0] * (size + 2) for _ in range(size + 2)]
         displaced = 0.0
         for group, rows, moved in zip(self.param_groups, bundle.grams, bundle.moved, strict=True):
-            for i, row in enumerate(rows):
-                gram[i + 1, 1 : i + 2] += float(group["lr"]) * torch.tensor(row, dtype=torch.float64)
-            displaced += sum(m * product for m, product in zip(moved, rows[size], strict=False))
-        gram = gram + gram.tril(-1).T
+            rate = float(group["lr"])
+            for i, row in enumerate(rows, start=1):
+                for j, number in enumerate(row, start=1):
+                    gram[i][j] += rate * number
+            displaced += sum(m * number for m, number in zip(moved, rows[size], strict=False))
+        for i in range(size + 2):
+            for j in range(i):
+                gram[j][i] = gram[i][j]
         bundle.heights.append(loss - self.param_groups[0]["lower_bound"] + displaced)  # l - <g, w - w_0>
         heights = torch.tensor([0.0, *bundle.heights], dtype=torch.float64)
-        found: list[float] = bundle_weights(gram, heights)[1:].tolist()
+        found: list[float] = bundle_weights(torch.tensor(gram, dtype=torch.float64), heights)[1:].tolist()
         return found
 
     def _keep(self, group: dict[str, Any], part: _Part, number: int) -> None:
@@ -270,8 +276,11 @@ class BORAT(LossOptimizer):
         whole = part
         if not self._is_slow(group) and (momentum or len(part.pieces) > 1):
             whole, large = part.parted()
-            for p, grads in large:
-                _shift_in_blocks(p, grads, shares, buffers.get(id(p)), step or [], momentum)
+            if group["fused"]:
+                shifts = [_shift_of(p, each, shares, buffers.get(id(p)), step or []) for p, each in large]
+                large = [large[i] for i in shift_(shifts, momentum, push=momentum)]
+            for p, numbered in large:
+                _shift_in_blocks(p, numbered, shares, buffers.get(id(p)), step or [], momentum)
         velocities = [buffers[id(p)] for p in whole.params] if momentum else []
         if momentum and whole.params:
             torch._foreach_mul_(velocities, momentum)
@@ -332,10 +341,12 @@ class _Part:
     Attributes:
         pieces: For each piece, the parameters that had a gradient, and their gradients.
         params: All of them.
+        fused: Whether the kernels of `fused` are used.
     """
 
-    def __init__(self, found: list[tuple[list[Tensor], list[Tensor]]]) -> None:
+    def __init__(self, found: list[tuple[list[Tensor], list[Tensor]]], *, fused: bool) -> None:
         self.pieces = found
+        self.fused = fused
         self.params = list({id(p): p for params, _ in found for p in params}.values())
 
     def parted(self) -> tuple[_Part, list[tuple[Tensor, list[tuple[int, Tensor]]]]]:
@@ -352,42 +363,47 @@ class _Part:
                 else:
                     rest[-1][0].append(p)
                     rest[-1][1].append(g)
-        return _Part(rest), list(large.values())
+        return _Part(rest, fused=self.fused), list(large.values())
 
 
-def _rows(loss: Tensor, parts: list[_Part], size: int, *, slow: bool) -> tuple[float, list[list[float]]]:
+def _rows(loss: Tensor, parts: list[_Part], *, slow: bool) -> tuple[float, list[list[float]]]:
     """Return the loss, and for each group the dot products of the newest gradient with all: one wait for the device."""
-    sums = []
-    for part in parts:
-        row: list[list[Tensor]] = [[] for _ in range(size + 1)]
-        rest = part
-        if not slow and size:
-            rest, large = part.parted()
-            for _, grads in large:
-                _products_in_blocks(grads, size, row)
-        params, newest = rest.pieces[-1]
-        gradient_of = {id(p): g for p, g in zip(params, newest, strict=True)}
-        for i, (having, kept) in enumerate(rest.pieces):
-            if i == size:
-                row[i].append(plain_square(newest, loss) if slow else squared_norm(newest))
-                continue
-            pairs = [(gradient_of[id(p)], g) for p, g in zip(having, kept, strict=True) if id(p) in gradient_of]
-            if slow:
-                row[i] += [(x.to(loss.dtype) * y.to(loss.dtype)).sum() for x, y in pairs]
-            else:
-                row[i].append(dot([x for x, _ in pairs], [y for _, y in pairs]))
-        sums += [total([s.to(loss) for s in column]) for column in row]
-    value, *numbers = torch.stack([loss, *(s.to(loss) for s in sums)]).tolist()
-    return value, [numbers[k * (size + 1) : (k + 1) * (size + 1)] for k in range(len(parts))]
+    rows = [_row(part, loss, slow=slow) for part in parts]
+    value, *numbers = torch.stack([loss, *(s.to(loss) for row in rows for s in row)]).tolist()
+    size = len(rows[0])
+    return value, [numbers[k * size : (k + 1) * size] for k in range(len(parts))]
 
 
-def _products_in_blocks(grads: list[tuple[int, Tensor]], newest: int, row: list[list[Tensor]]) -> None:
-    """Add the products of a parameter's newest gradient with all to a row, reading each number once from memory."""
-    if grads[-1][0] != newest:
-        return
-    for piece in pieces([g for _, g in grads], 1, CHUNK):
-        for (number, _), g in zip(grads, piece.tensors, strict=True):
-            row[number].append(product(piece.tensors[-1], g))
+def _row(part: _Part, loss: Tensor, *, slow: bool) -> list[Tensor]:
+    """Return the products of the newest gradient of a group with those of all pieces."""
+    params, newest = part.pieces[-1]
+    columns = [(newest, grads) for _, grads in part.pieces]
+    places = list(map(id, params))
+    if any(list(map(id, having)) != places for having, _ in part.pieces):  # some had no gradient in a piece
+        gradient_of = dict(zip(places, newest, strict=True))
+        columns = []
+        for having, grads in part.pieces:
+            both = [(gradient_of[id(p)], g) for p, g in zip(having, grads, strict=True) if id(p) in gradient_of]
+            columns.append(([x for x, _ in both], [y for _, y in both]))
+    elif part.fused:
+        return dots(newest, [grads for _, grads in columns], fused=True)
+    if slow:
+        zero = torch.zeros_like(loss)
+        return [sum(((x.to(zero) * y.to(zero)).sum() for x, y in zip(*c, strict=True)), zero) for c in columns]
+    return [*(dot(xs, ys) for xs, ys in columns[:-1]), squared_norm(newest)]
+
+
+def _shift_of(
+    p: Tensor,
+    grads: list[tuple[int, Tensor]],
+    shares: Sequence[float],
+    buffer: Tensor | None,
+    step: Sequence[float],
+) -> Shift:
+    numbers = [number for number, _ in grads]
+    return Shift(
+        p, [g for _, g in grads], [shares[i] for i in numbers], buffer, [step[i] for i in numbers] if step else []
+    )
 
 
 def _shift_in_blocks(

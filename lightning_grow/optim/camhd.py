@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grow.optim.agreement import Agreement, Moving
 from lightning_grow.optim.base import at_least_zero, within
-from lightning_grow.optim.directions import Direction, FusedDirection, Gradient, direction_of
+from lightning_grow.optim.directions import Direction, direction_of
 from lightning_grow.optim.kept import KEY
 from lightning_grow.optim.ladder import LAYER, LEVELS, PARAMETER, UNIT, Ladder, Level
 from lightning_grow.optim.layers import Grouping, Layers
-from lightning_grow.optim.pieces import CHUNK, Piece, of_units, pieces, unit_products, unit_sums
+from lightning_grow.optim.move import move
 from lightning_grow.optim.rate_owner import RateOwner, owns_gradients
-from lightning_grow.optim.tensors import SMALL, Rate, can_fuse, flattened, product, subtract_, wide_dtype
+from lightning_grow.optim.tensors import Rate
 
 Base = Literal["sgd", "sgdn", "adam"]
 Norm = Literal["softmax", "sum"]
@@ -90,6 +91,8 @@ class CAMHD(RateOwner):
         grouping: From the name of a parameter to the name of its layer; needs named parameters.
         maximize: Whether to climb.
         foreach: The fast form (None, True), or a plain loop over whole tensors (False).
+        fused: True: loops compiled by Numba (the extra ``fused``; in seconds, once) that read each number once, for
+            float32 and float64 on the CPU. Not together with ``foreach``.
         copy_grad: Keep copies of gradients, for ``"sgd"`` and ``"sgdn"``; see `SGDHD`.
         capturable: Refused.
         differentiable: Refused.
@@ -143,6 +146,7 @@ class CAMHD(RateOwner):
         grouping: Grouping | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         copy_grad: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
@@ -171,6 +175,7 @@ class CAMHD(RateOwner):
             "max_change": max_change,
             "maximize": maximize,
             "foreach": foreach,
+            "fused": fused,
             "copy_grad": copy_grad,
             "capturable": capturable,
             "differentiable": differentiable,
@@ -275,13 +280,14 @@ class CAMHD(RateOwner):
     def _adapt_and_move(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         trained, layers = self._trained(group)
         places = {id(p): place for place, p in enumerate(trained)}
-        moving = [_Moving(places[id(p)], p, g, self.state[p]) for p, g in zip(params, grads, strict=True)]
+        moving = [Moving(places[id(p)], p, g, self.state[p]) for p, g in zip(params, grads, strict=True)]
         ladder = Ladder(group, layers, trained, self.state, params[0].device, self._written)
         direction = direction_of(group)
-        ladder.descend(*_measured(ladder, direction, self._with_last(group, direction, moving)))
+        agreement = Agreement(ladder, direction, self._with_last(group, direction, moving))
+        ladder.descend(agreement.sums, agreement.weighted)
         for m in moving:
             direction.begin(m.param, m.state)
-        _move(ladder, direction, moving)
+        move(ladder, direction, moving)
         ladder.write()
         if KEY in direction.last_needs:
             self._kept.keep(group, [m.state for m in moving], grads, owned=owns_gradients(group))
@@ -302,173 +308,13 @@ class CAMHD(RateOwner):
             known = self._layers[number] = key, Layers([p for p, _ in trained], known_names, self.grouping, device)
         return [p for p, _ in trained], known[1]
 
-    def _with_last(self, group: dict[str, Any], direction: Direction, moving: Sequence[_Moving]) -> Sequence[_Moving]:
+    def _with_last(self, group: dict[str, Any], direction: Direction, moving: Sequence[Moving]) -> Sequence[Moving]:
         """Return the tensors of which the direction of the last step is known."""
-        known = [m for m in moving if all(name in m.state for name in direction.last_needs)]
+        needed = set(direction.last_needs)
+        known = [m for m in moving if needed <= m.state.keys()]
         if KEY not in direction.last_needs or not known:
             return known
         return known if self._kept.are_intact(group, [m.state[KEY] for m in known], [m.grad for m in known]) else []
-
-
-class _Moving(NamedTuple):
-    """A tensor that takes part in a step."""
-
-    place: int
-    param: Tensor
-    grad: Tensor
-    state: dict[str, Any]
-
-
-def _measured(ladder: Ladder, direction: Direction, moving: Sequence[_Moving]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return sums of H = g u, with u the direction of the last step; rates of parameters descend on the way.
-
-    Returns:
-        For each tensor a number, or one for each unit if units have rates; and parts of the sum of rates of parameters
-        times H.
-    """
-    dtype = wide_dtype(ladder.device)
-    sums: list[Tensor | None] = [None] * len(ladder.params)
-    weighted: list[Tensor] = []
-    if ladder.in_pieces:
-        moving, small = _parted(moving)
-        if small:
-            for m, those in zip(small, _measured_together(ladder, direction, small, weighted), strict=True):
-                sums[m.place] = those
-    for m in moving:
-        num_units = ladder.num_units(m.place)
-        found: list[Tensor] = []
-        scratch = direction.has_scratch or num_units > 1
-        for piece in _in_pieces(ladder, m, [m.grad], direction.last_needs, num_units, has_scratch=scratch):
-            grad, *parts = piece.tensors
-            u, grad = _wide(direction.last(parts, m.state)), _wide(grad)
-            if not ladder.has_parameters:
-                found.append(unit_products(grad, u, num_units))
-                continue
-            if ladder.levels == ("parameter",):  # then no sum is needed, and no product
-                ladder.descend_parameters_(m.place, parts[-1], grad, u)
-                continue
-            products, rates = grad * u, parts[-1]
-            found.append(unit_sums(products, num_units))
-            if ladder.learns_weights:
-                weighted.append(unit_products(rates, products, 1).to(ladder.device, dtype))
-            ladder.descend_parameters_(m.place, rates, products)
-        if len(found) > 1:
-            found = [torch.cat(found) if num_units > 1 else torch.stack(found).sum()]
-        sums[m.place] = found[0] if found else None
-    most = max((ladder.num_units(place) for place, found in enumerate(sums) if found is None), default=0)
-    zeros = torch.zeros(most, device=ladder.device)
-    whole = [zeros[: ladder.num_units(place)] if found is None else found for place, found in enumerate(sums)]
-    return whole, weighted
-
-
-def _parted(moving: Sequence[_Moving]) -> tuple[list[_Moving], list[_Moving]]:
-    """Return large tensors, and small ones that can be worked on as one: of one device, and as old as each other."""
-    large, small = [], []
-    for m in moving:
-        (small if m.param.numel() < SMALL else large).append(m)
-    if len({m.state.get("step") for m in small}) > 1 or len({m.param.device for m in small}) > 1:
-        return list(moving), []
-    return large, small
-
-
-def _measured_together(
-    ladder: Ladder, direction: Direction, small: Sequence[_Moving], weighted: list[Tensor]
-) -> Sequence[Tensor]:
-    """Return the sums of H of small tensors, with few calls for all of them; see `_measured`."""
-    remembered = [flattened([m.state[name] for m in small]) for name in direction.last_needs]
-    products = _wide(flattened([m.grad for m in small])) * _wide(direction.last(remembered, small[0].state))
-    if ladder.has_parameters:
-        rates = [m.state[PARAMETER] for m in small]
-        if ladder.learns_weights:
-            weighted.append(product(flattened(rates).to(products), products).to(wide_dtype(ladder.device)))
-        for m, r, h in zip(small, rates, products.split([r.numel() for r in rates]), strict=True):
-            ladder.descend_parameters_(m.place, r, h.view(r.shape))
-    places, counts = ladder.places_of_sums(tuple(m.place for m in small))
-    products = products.to(wide_dtype(products.device))
-    return products.new_zeros(sum(counts)).index_add_(0, places, products).split(counts)
-
-
-def _move(ladder: Ladder, direction: Direction, moving: Sequence[_Moving]) -> None:
-    """Take the step."""
-    group = ladder.group
-    decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-    if group["foreach"] is not False and not ladder.has_parameters:
-        if isinstance(direction, Gradient):
-            _move_along_gradients(ladder, moving, decay)
-            return
-        if isinstance(direction, FusedDirection) and not ladder.has_units and not decay:
-            moving = _move_fused(ladder, direction, moving)
-    for m in moving:
-        common, share, own = ladder.common(m.place), ladder.share_of_parameters, None
-        tensors, num_units = [m.param, m.grad], ladder.num_units(m.place)
-        for piece in _in_pieces(ladder, m, tensors, direction.next_needs, num_units, has_scratch=direction.has_scratch):
-            p, grad, *parts = piece.tensors
-            u, rate = direction.next(grad, parts, m.state), of_units(common, piece)
-            if ladder.has_parameters:
-                own = ladder.draw_(parts[-1], m.place, piece)
-            if decay:
-                p.mul_(1 - decay * (rate if own is None else rate + share * own))
-            if group["foreach"] is False:
-                p.sub_((rate if own is None else rate + share * own) * u)
-            else:
-                _subtract_(p, u, rate, own, share)
-
-
-def _move_along_gradients(ladder: Ladder, moving: Sequence[_Moving], decay: float) -> None:
-    """Take the step of gradient descent, with few calls."""
-    if not moving:
-        return
-    params, grads = [m.param for m in moving], [m.grad for m in moving]
-    if ladder.levels == ("global",) and not decay:
-        subtract_(params, grads, ladder.common(moving[0].place))
-        return
-    rates = ladder.factors([m.place for m in moving])
-    if decay:
-        torch._foreach_mul_(params, [1 - decay * rate for rate in rates])
-    torch._foreach_addcmul_(params, grads, rates, value=-1)
-
-
-def _move_fused(ladder: Ladder, direction: FusedDirection, moving: Sequence[_Moving]) -> list[_Moving]:
-    """Take the step of tensors that share a rate by one kernel of torch's; return those that it cannot take."""
-    lists: dict[int, list[_Moving]] = {}
-    for m in moving:
-        lists.setdefault(0 if ladder.levels == ("global",) else ladder.layers.layer_of[m.place], []).append(m)
-    left = []
-    for together in lists.values():
-        params, grads = [m.param for m in together], [m.grad for m in together]
-        remembered = [[m.state[name] for m in together] for name in direction.next_needs]
-        if can_fuse(params, grads, *remembered):
-            direction.fused_(params, grads, [m.state for m in together], ladder.common(together[0].place))
-        else:
-            left += together
-    return left
-
-
-def _in_pieces(
-    ladder: Ladder, m: _Moving, tensors: list[Tensor], names: Sequence[str], num_units: int, *, has_scratch: bool
-) -> list[Piece]:
-    """Return tensors, state, and rates of parameters if there are any, in pieces where that keeps them in the cache."""
-    tensors = [*tensors, *(m.state[name] for name in names)]
-    if ladder.has_parameters:
-        tensors.append(m.state[PARAMETER])
-    is_worth_it = ladder.in_pieces and (has_scratch or ladder.has_parameters)
-    return pieces(tensors, num_units, CHUNK if is_worth_it else None)
-
-
-def _subtract_(p: Tensor, u: Tensor, rate: Rate, own: Tensor | None, share: Rate) -> None:
-    """Subtract ``(rate + share * own) * u``, on the CPU without a temporary."""
-    if own is not None and isinstance(share, Tensor):
-        rate = share.to(own.dtype) * own + rate
-    elif own is not None:
-        p.addcmul_(u, own.to(p.dtype), value=-float(share))
-    if isinstance(rate, Tensor):
-        p.addcmul_(u, rate if rate.dtype == p.dtype else rate.to(p.dtype), value=-1)
-    elif rate:
-        p.add_(u, alpha=-rate)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _check_choice(group: dict[str, Any], name: str, allowed: Sequence[str]) -> None:

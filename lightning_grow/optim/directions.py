@@ -111,6 +111,11 @@ class Adam(FusedDirection):
     def __init__(self, betas: tuple[float, float], eps: float) -> None:
         self.betas, self.eps = betas, eps
 
+    def scales(self, step: Any) -> tuple[Any, Any]:
+        """Return what the root of the second moment is multiplied by, and what is added, to divide the first by it."""
+        first, second = (1 - beta**step for beta in self.betas)
+        return first / second**0.5, self.eps * first
+
     @override
     def begin(self, param: Tensor, state: MutableMapping[str, Any]) -> None:
         super().begin(param, state)
@@ -118,9 +123,9 @@ class Adam(FusedDirection):
 
     @override
     def last(self, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
-        first, second = (1 - beta ** state["step"] for beta in self.betas)
+        scale, eps = self.scales(state["step"])
         u = remembered[1].sqrt()
-        u.mul_(first / second**0.5).add_(self.eps * first)
+        u.mul_(scale).add_(eps)
         return torch.div(remembered[0], u, out=u)
 
     @override

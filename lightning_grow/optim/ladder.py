@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -68,6 +68,7 @@ class Ladder:
         self.in_pieces = group["foreach"] is not False and device.type == "cpu"
         self.weights: dict[Level, Any] = dict(zip(self.levels, group["weights"], strict=True))
         self._states = [state[p] for p in params]
+        self._kept: Tensor | None = None
         self._sums_of_rates: dict[int, list[Tensor]] = {}
         self.lr, by_hand = self._begin()
         self._layer = self._begin_layers(by_hand) if "layer" in self.levels else None
@@ -99,6 +100,7 @@ class Ladder:
         entries = [self._states[units.members[0]].get(UNIT) for units in self.layers.unit_groups]
         written = self._written.get(self.layers)
         if written is not None and all(a is b for a, b in zip(entries, written[0], strict=True)):
+            self._kept = written[1]
             return written[1] if by_hand is None else written[1] * by_hand
         parts, dtype = [], wide_dtype(self.device)
         for units, entry in zip(self.layers.unit_groups, entries, strict=True):
@@ -138,16 +140,29 @@ class Ladder:
         number = self.layers.unit_group_of.get(place) if self.has_units else None
         return 1 if number is None else self.layers.unit_counts[number]
 
-    def places_of_sums(self, places: tuple[int, ...]) -> tuple[Tensor, list[int]]:
-        """Return where the entries of tensors, one after the other, belong among the sums over their units.
+    @property
+    def num_sums(self) -> int:
+        """How many sums of products H rates descend by: one for each unit if units have rates, else for each layer."""
+        return self.layers.num_units if self.has_units else len(self.layers.names)
+
+    def places_of_sums(self, places: tuple[int, ...], lengths: tuple[int, ...]) -> Tensor:
+        """Return which of these sums numbers belong to, of which each tensor has so many.
 
         Args:
             places: The places of the tensors.
-
-        Returns:
-            A number for each entry, and how many sums each tensor has.
+            lengths: How many numbers each has: entries, or sums of some of them, unit after unit.
         """
-        return self.layers.places_of_sums(places, tuple(self.num_units(place) for place in places))
+        return self.layers.places_of_sums(places, lengths, by_units=self.has_units)
+
+    def sums_of_tensors(self, found: Mapping[int, Tensor]) -> Tensor:
+        """Return these sums from those of tensors, always added up in the same order.
+
+        Args:
+            found: For places of tensors a number, or one for each unit if units have rates; others count as zero.
+        """
+        zeros = torch.zeros(max(map(self.num_units, range(len(self.params)))), device=self.device)
+        whole = [found.get(place, zeros[: self.num_units(place)]) for place in range(len(self.params))]
+        return self.layers.sums_of_units(whole) if self.has_units else self.layers.sums_of_tensors(whole)
 
     # How they descend.
 
@@ -166,40 +181,48 @@ class Ladder:
             change = min(max(change, -limit * abs(rate)), limit * abs(rate))
         return clipped(rate + change, self.group["lr_min"], self.group["lr_max"])
 
-    def descend_parameters_(self, place: int, rates: Tensor, *products: Tensor) -> None:
+    def descend_parameters_(self, place: int, rates: Tensor, products: Tensor) -> None:
         """Let rates of parameters descend.
 
         Args:
             place: The place of the tensor.
             rates: The rates of a tensor, or a piece of them.
-            products: Gradient times direction, or both of them.
+            products: Gradient times direction.
         """
-        factor = self._factor("parameter") * self.layers.size
+        factor = self.factor_of_parameters
         if self.group["max_change"] is not None:
-            rates.copy_(self._moved(rates, factor * math.prod(products[1:], start=products[0])))
-        elif len(products) > 1 and not isinstance(factor, Tensor):
-            rates.addcmul_(*products, value=factor)
-        elif len(products) > 1:
-            rates.addcmul_(products[0] * factor.to(rates.dtype), products[1])
+            rates.copy_(self._moved(rates, factor * products))
         elif isinstance(factor, Tensor):
-            rates.addcmul_(products[0], factor.to(rates.dtype))
+            rates.addcmul_(products, factor.to(rates.dtype))
         else:
-            rates.add_(products[0], alpha=factor)
+            rates.add_(products, alpha=factor)
         rates.clamp_(self.group["lr_min"], self.group["lr_max"])
         if self.levels[0] == "parameter":
-            self._sums_of_rates.setdefault(place, []).append(rates.sum())
+            self.note_rates(place, rates.sum())
 
-    def descend(self, sums: Sequence[Tensor], weighted: Sequence[Tensor]) -> None:
+    @property
+    def factor_of_parameters(self) -> Any:
+        """What rates of parameters change by, over the product H."""
+        return self._factor("parameter") * self.layers.size
+
+    def note_rates(self, place: int, total: Tensor) -> None:
+        """Take note of the sum of rates of a tensor's parameters, or of a piece, after they have descended."""
+        self._sums_of_rates.setdefault(place, []).append(total)
+
+    @property
+    def draws(self) -> bool:
+        """Whether rates of parameters are drawn to coarser ones."""
+        return bool(self._pull)
+
+    def descend(self, sums: Tensor, weighted: Sequence[Tensor]) -> None:
         """Let the other rates and the weights descend, all from the values that made the last step.
 
         Args:
-            sums: Of the products H of each tensor: a number, or one for each unit if units have rates.
+            sums: Of the products H, ``(num_sums,)``.
             weighted: Of rates of parameters times H, in parts.
         """
-        if self._unit is None:
-            unit_sums = layer_sums = self.layers.sums_of_tensors(sums)
-        else:
-            unit_sums = self.layers.sums_of_units(sums)
+        unit_sums = layer_sums = sums
+        if self._unit is not None and self._layer is not None:
             layer_sums = self.layers.layer_sums_of_units(unit_sums)
         everything = layer_sums.sum()
         gains = {"global": self.lr * everything, "parameter": sum(weighted, torch.zeros_like(everything))}
@@ -294,8 +317,13 @@ class Ladder:
         """Return the same for several tensors, each in the type of its tensor and ready to be multiplied with it."""
         if self._of_units is None:
             return [self._rates_for(place)[self.layers.layer_of[place]] for place in places]
-        of, shapes = self.layers.unit_group_of, self.layers.shapes_of_units
-        return [self._rates_for(place)[of[place]].view(shapes[place]) for place in places]
+        of_units = self._of_units
+        types = {(self.params[place].device, self.params[place].dtype) for place in places}
+        found = {key: self.layers.as_factors(of_units, *key) for key in types}
+        if len(found) == 1:
+            (factors,) = found.values()
+            return [factors[place] for place in places]
+        return [found[self.params[place].device, self.params[place].dtype][place] for place in places]
 
     def _rates_for(self, place: int) -> Sequence[Tensor]:
         """Return the rates of all groups of units, or else of all layers, in the type of a tensor."""
@@ -322,14 +350,17 @@ class Ladder:
             for place, state in enumerate(self._states):
                 state[LAYER] = numbers[self.layers.layer_of[place]]
         if self._unit is not None:
-            entries = []
-            for units, rates in zip(
-                self.layers.unit_groups, torch.split(self._unit, self.layers.unit_counts), strict=True
-            ):
-                dims = self.params[units.members[0]].ndim
-                entries.append(rates.view((-1, *(1,) * (dims - 1)) if dims > 1 else ()))
-                self._states[units.members[0]][UNIT] = entries[-1]
-            self._written[self.layers] = entries, self._unit
+            if self._kept is not None:
+                self._kept.copy_(self._unit)  # of which the state has views
+            else:
+                entries = []
+                for units, rates in zip(
+                    self.layers.unit_groups, torch.split(self._unit, self.layers.unit_counts), strict=True
+                ):
+                    dims = self.params[units.members[0]].ndim
+                    entries.append(rates.view((-1, *(1,) * (dims - 1)) if dims > 1 else ()))
+                    self._states[units.members[0]][UNIT] = entries[-1]
+                self._written[self.layers] = entries, self._unit
         if "global" not in self.levels:
             self.lr = as_rate(self._mean(), self.device)
         self.group["lr"] = self.group["last_lr"] = self.lr

@@ -69,7 +69,8 @@ class Layers:
         grouping: Grouping | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._places: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Tensor, list[int]]] = {}
+        self._factors: dict[tuple[torch.device, torch.dtype], tuple[Tensor, list[Tensor]]] = {}
+        self._places: dict[tuple[tuple[int, ...], tuple[int, ...], bool], Tensor] = {}
         self.params = list(map(str, range(len(params)))) if names is None else list(names)
         self._device = torch.device(device)
         self._is_on_device = all(p.device == self._device for p in params)
@@ -135,25 +136,47 @@ class Layers:
             ranks.append(([u.members[rank] for u in groups], places.to(self._device)))
         return ranks
 
-    @cached_property
-    def shapes_of_units(self) -> list[tuple[int, ...]]:
-        """For each tensor, the shape in which a number for each of its units can be multiplied with it."""
-        counts = [self.unit_counts[self.unit_group_of[place]] for place in range(len(self.params))]
-        return [(n, *(1,) * (dims - 1)) if n > 1 else () for n, dims in zip(counts, self._dims, strict=True)]
+    def as_factors(self, of_units: Tensor, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """Return numbers for all units as what each tensor can be multiplied with.
 
-    def places_of_sums(self, places: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Tensor, list[int]]:
-        """Return which of the sums over units each entry of tensors belongs to; see `Ladder.places_of_sums`.
+        They are views of a buffer, which the next call overwrites.
+
+        Args:
+            of_units: The numbers, ``(units,)``.
+            device: Where they are wanted.
+            dtype: In which type.
+        """
+        known = self._factors.get((device, dtype))
+        if known is None:
+            buffer = torch.empty(self.num_units, device=device, dtype=dtype)
+            views = []
+            for place, dims in enumerate(self._dims):
+                units = self.unit_groups[self.unit_group_of[place]]
+                n = units.num_units
+                views.append(buffer[units.units].view((n, *(1,) * (dims - 1)) if n > 1 else ()))
+            known = self._factors[device, dtype] = buffer, views
+        known[0].copy_(of_units)
+        return known[1]
+
+    def places_of_sums(self, places: tuple[int, ...], lengths: tuple[int, ...], *, by_units: bool) -> Tensor:
+        """Return the unit or layer of numbers, of which each tensor has so many; see `Ladder.places_of_sums`.
 
         Args:
             places: The places of the tensors.
-            counts: Into how many sums each goes.
+            lengths: How many numbers each has: a multiple of its units.
+            by_units: Whether units are wanted.
         """
-        known = self._places.get((places, counts))
+        known = self._places.get((places, lengths, by_units))
         if known is None:
-            entries = torch.tensor([self._sizes[place] // n for place, n in zip(places, counts, strict=True)])
-            repeats = entries.repeat_interleave(torch.tensor(counts))
-            numbers = torch.arange(sum(counts)).repeat_interleave(repeats).to(self._device)
-            known = self._places[places, counts] = numbers, list(counts)
+            parts = [torch.zeros(0, dtype=torch.int64)]
+            for place, length in zip(places, lengths, strict=True):
+                units = self.unit_groups[self.unit_group_of[place]]
+                if by_units:
+                    numbers = torch.arange(units.num_units) + units.start
+                    parts.append(numbers.repeat_interleave(length // units.num_units))
+                else:
+                    parts.append(torch.full((length,), self.layer_of[place]))
+            known = self._places[places, lengths, by_units] = torch.cat(parts).to(self._device)
         return known
 
     def sums_of_tensors(self, sums: Sequence[Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grow.optim.base import AdaptiveOptimizer, Closure
+from lightning_grow.optim.fused import dots
 from lightning_grow.optim.tensors import squared_norm, wide_dtype
 
 log = logging.getLogger(__name__)
@@ -176,9 +177,14 @@ class LossOptimizer(AdaptiveOptimizer):
     def _is_slow(self, group: dict[str, Any]) -> bool:
         return group["foreach"] is False
 
-    def _numbers(self, loss: Tensor, grads: list[Tensor], *, foreach: bool) -> tuple[float, float]:
+    def _numbers(self, loss: Tensor, grads: list[Tensor]) -> tuple[float, float]:
         """Return the loss and the squared norm of all gradients: the one time in a step that waits for the device."""
-        square = squared_norm(grads) if foreach else plain_square(grads, loss)
+        if any(self._is_slow(group) for group in self.param_groups):
+            square = _plain_square(grads, loss)
+        elif any(group["fused"] for group in self.param_groups):
+            (square,) = dots(grads, [grads], fused=True)
+        else:
+            square = squared_norm(grads)
         value, square_value = torch.stack([loss, square.to(loss)]).tolist()
         return value, square_value
 
@@ -224,7 +230,7 @@ def is_finite(*values: float) -> bool:
     return all(math.isfinite(value) for value in values)
 
 
-def plain_square(grads: list[Tensor], like: Tensor) -> Tensor:
+def _plain_square(grads: list[Tensor], like: Tensor) -> Tensor:
     """Return the squared norm of tensors, by a plain loop, in the type and on the device of a number."""
     return sum(((g.to(like.dtype) ** 2).sum().to(like.device) for g in grads), start=torch.zeros_like(like))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_grow.optim.fused import Shift, shift_
 from lightning_grow.optim.pieces import CHUNK, pieces
 from lightning_grow.optim.tensors import SMALL, subtract_
 
@@ -52,6 +53,17 @@ def polyak_move_(
     if group["foreach"] is False:
         _plain_move_(group, params, grads, buffers, rate)
         return
+    if group["fused"] and (momentum or group["weight_decay"]):
+        velocities: Sequence[Tensor | None] = buffers or [None] * len(params)
+        steps = [1.0 if adjusted else rate]
+        left = shift_(
+            [Shift(p, [g], [-rate], v, steps) for p, g, v in zip(params, grads, velocities, strict=True)],
+            momentum,
+            push=momentum * (rate if adjusted else 1.0),
+            decay=1 - rate * group["weight_decay"],
+        )
+        params, grads = [params[i] for i in left], [grads[i] for i in left]
+        buffers = [buffers[i] for i in left] if momentum else []
     if momentum:
         rest = []
         for tensors in zip(params, grads, buffers, strict=True):

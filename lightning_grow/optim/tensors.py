@@ -29,7 +29,8 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
         >>> dot([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])]).item()
         11.0
     """
-    large, small = [], []
+    large: list[tuple[Tensor, Tensor]] = []
+    small: list[tuple[Tensor, Tensor]] = []
     for pair in zip(xs, ys, strict=True):
         (small if pair[0].numel() < SMALL else large).append(pair)
     products = [product(x, y) for x, y in large]

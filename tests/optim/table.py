@@ -86,6 +86,12 @@ ROWS = {
         (torch.optim.SGD, {"lr": 0.01}),
         {"hypergrad_lr": 0.0, "weights_lr": 0.0},
     ),
+    "camhd_units": Row(
+        CAMHD,
+        {"lr": 0.01, "hypergrad_lr": 1e-3, "levels": ("global", "unit")},
+        (torch.optim.SGD, {"lr": 0.01}),
+        {"hypergrad_lr": 0.0, "weights_lr": 0.0},
+    ),
     "camhd_nesterov": Row(
         CAMHD,
         {"lr": 0.01, "hypergrad_lr": 1e-3, "base": "sgdn"},

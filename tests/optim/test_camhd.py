@@ -396,7 +396,8 @@ def test_it_can_be_copied_and_pickled(levels):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("levels", SUBSETS)
 def test_pieces_make_no_difference(base, levels, monkeypatch):
-    monkeypatch.setattr("lightning_grow.optim.camhd.CHUNK", 4)
+    monkeypatch.setattr("lightning_grow.optim.agreement.CHUNK", 4)
+    monkeypatch.setattr("lightning_grow.optim.agreement.SMALL", 1)
     ends = []
     for foreach in (None, False):
         model = network()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_grow.optim import AdamHD, borat, camhd, hypergradient, polyak, tensors
+from lightning_grow.optim import CAMHD, AdamHD, agreement, borat, fused, hypergradient, polyak, tensors
 from lightning_grow.structure import trace
 from lightning_grow.surgery import apply_, prune, split, widen
 from tests.optim.table import ROWS, batch, network, tell, train
@@ -47,7 +47,7 @@ def test_with_nothing_that_adapts_it_is_the_base(row, dtype, rtol):
 def test_the_fast_form_is_the_plain_loop(row, layout, size, monkeypatch):
     """Small tensors are worked on together, large ones in pieces."""
     if size == "large tensors":
-        for module in (borat, camhd, hypergradient, polyak, tensors):
+        for module in (agreement, borat, hypergradient, polyak, tensors):
             monkeypatch.setattr(module, "SMALL", 10)
             monkeypatch.setattr(module, "CHUNK", 50, raising=False)
     fast, _ = trained(row, 6, layout=layout)
@@ -56,6 +56,37 @@ def test_the_fast_form_is_the_plain_loop(row, layout, size, monkeypatch):
     torch.testing.assert_close(weights(fast), weights(plain), rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(weights(also), weights(plain), rtol=1e-11, atol=1e-13)
     assert not torch.equal(weights(plain), weights(network()))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_kernels_are_the_plain_loop(row, layout, threads, monkeypatch):
+    for module in (agreement, borat, fused, hypergradient, polyak, tensors):
+        monkeypatch.setattr(module, "SMALL", 10)
+    monkeypatch.setattr(fused, "SLICE", 50)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    used = []
+    monkeypatch.setattr(fused, "_run", lambda tasks, run=fused._run: (used.extend(tasks), run(tasks)))
+    fast, _ = trained(row, 6, layout=layout, fused=True)
+    plain, _ = trained(row, 6, layout=layout, foreach=False)
+    torch.testing.assert_close(weights(fast), weights(plain), rtol=1e-11, atol=1e-13)
+    assert used or (row.cls is CAMHD and row.options.get("base"))
+
+
+def test_kernels_are_refused_where_they_do_not_work(row, monkeypatch):
+    with pytest.raises(ValueError, match="only one of `foreach` and `fused`"):
+        row.make(network().parameters(), foreach=True, fused=True)
+    optimizer = row.make(network().parameters(), fused=True)
+    with pytest.raises(ValueError, match="float32 or float64 on the CPU"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]})
+    assert len(optimizer.param_groups) == 1
+
+    def missing():
+        raise ModuleNotFoundError
+
+    monkeypatch.setattr(fused, "_kernels", missing)
+    with pytest.raises(ModuleNotFoundError, match=r"lightning-grow\[fused\]"):
+        row.make(network().parameters(), fused=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

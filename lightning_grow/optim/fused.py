@@ -1,0 +1,301 @@
+"""Steps that read each number from memory once: loops compiled by Numba, for large tensors on the CPU.
+
+They are used with the option ``fused=True``. All cores that torch uses work on them: tensors are cut into slices,
+always the same ones, so that results do not depend on how many cores there are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_grow.optim.tensors import SMALL, dot, flattened, product, total
+
+SLICE = 2**20
+"""Entries of a slice: a call costs little beside it, and there are enough of them for all cores."""
+
+Task = Callable[[], None]
+
+
+def check_fused(group: dict[str, Any]) -> None:
+    """Check the option ``fused`` of a param group, where it is True.
+
+    Raises:
+        ValueError: If ``foreach`` is set, too, or parameters are not float32 or float64 on the CPU.
+        ModuleNotFoundError: If Numba is not there.
+    """
+    if not group.get("fused"):
+        return
+    if group.get("foreach") is not None:
+        raise ValueError(f"Expected only one of `foreach` and `fused`, found {group['foreach']!r} and True.")
+    for p in group["params"]:
+        if p.device.type != "cpu" or p.dtype not in _TYPES:
+            raise ValueError(
+                f"Expected parameters of float32 or float64 on the CPU with `fused=True`, found {p.dtype} on "
+                f"{p.device}. Leave `fused` out: torch's own kernels are used then."
+            )
+    try:
+        _kernels()
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "`fused=True` needs Numba, which is not installed: pip install 'lightning-grow[fused]'."
+        ) from error
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Return whether the kernels take these tensors together, and are worth a call."""
+    dtype = tensors[0].dtype
+    if tensors[0].numel() < SMALL or dtype not in _TYPES:
+        return False
+    return all(x.is_cpu and x.dtype == dtype and x.is_contiguous() for x in tensors)
+
+
+def products(newest: Sequence[Tensor], others: Sequence[Sequence[Tensor]]) -> Tensor:
+    r"""Return :math:`\sum_i \langle x_i, y_{ki} \rangle` for each list of tensors, ``(lists,)``.
+
+    Args:
+        newest: Tensors.
+        others: Lists with as many tensors, of the same shapes.
+
+    Example:
+        >>> x = [torch.ones(5000), torch.ones(2)]
+        >>> products(x, [x, [2 * each for each in x]])
+        tensor([ 5002., 10004.], dtype=torch.float64)
+    """
+    small: list[int] = []
+    parts: list[tuple[NDArray[Any], ...]] = []
+    found: list[list[Tensor]] = [[] for _ in others]
+    for place, (x, *ys) in enumerate(zip(newest, *others, strict=True)):
+        if fits(x, *ys):
+            parts += _slices((x, *ys), 1)
+        elif x.numel() < SMALL and x.device.type == "cpu":
+            small.append(place)
+        else:
+            for row, y in zip(found, ys, strict=True):
+                row.append(product(x, y))
+    sums = np.empty((len(parts), len(others), 1))
+    _run([_task(_kernels().products, part[0], part[1:], s) for part, s in zip(parts, sums, strict=True)])
+    if small:
+        x = flattened([newest[place] for place in small])
+        for row, other in zip(found, others, strict=True):
+            row.append(product(x, flattened([other[place] for place in small])))
+    together = torch.from_numpy(sums.sum(axis=(0, 2)))
+    return torch.stack([s + total(row).to(s) for s, row in zip(together, found, strict=True)])
+
+
+def dots(xs: Sequence[Tensor], others: Sequence[Sequence[Tensor]], *, fused: bool | None) -> list[Tensor]:
+    """Return the same as 0-d tensors: by the kernels, or by `tensors.dot`."""
+    return list(products(xs, others).unbind()) if fused else [dot(xs, ys) for ys in others]
+
+
+def products_of_units(rows: Sequence[tuple[Tensor, ...]], num_units: Sequence[int]) -> list[Tensor]:
+    """Return the products of pairs of tensors, in float64: those of each unit along dim 0, or of slices.
+
+    Args:
+        rows: Pairs of tensors of one shape, which fit.
+        num_units: How many units each has; 1 where they are not told apart, and what is returned are parts of the sum.
+    """
+    tasks, found = [], []
+    for row, n in zip(rows, num_units, strict=True):
+        parts = list(_slices(row, n))
+        sums = np.empty((1, n if n > 1 else len(parts)))
+        begin = 0
+        for part in parts:
+            end = begin + part[0].shape[0]
+            tasks.append(_task(_kernels().products, part[0], part[1:], sums[:, begin:end]))
+            begin = end
+        found.append(torch.from_numpy(sums[0]))
+    _run(tasks)
+    return found
+
+
+def adam_products(rows: Sequence[tuple[Tensor, Tensor, Tensor]], scales: Sequence[tuple[float, float]]) -> list[Tensor]:
+    """Return the products of gradients with Adam's directions, and the squared lengths of those: ``(2,)`` for each.
+
+    Args:
+        rows: Gradient, first and second moment, which fit.
+        scales: What the root of the second moment is multiplied by in the denominator, and what is added to it.
+    """
+    tasks, found = [], []
+    for row, scale in zip(rows, scales, strict=True):
+        sums = []
+        for part in _slices(row, 1):
+            sums.append(np.empty((2, 1)))
+            numbers = np.array(scale, dtype=part[0].dtype)
+            tasks.append(_task(_kernels().adam_product, *part, numbers, sums[-1]))
+        found.append(sums)
+    _run(tasks)
+    return [torch.from_numpy(np.sum(sums, axis=0)[:, 0]) for sums in found]
+
+
+class Shift(NamedTuple):
+    """How a parameter and its momentum move along gradients; see `shift_`.
+
+    Attributes:
+        param: The parameter.
+        grads: Gradients.
+        shares: What each is multiplied by when it is added to the parameter.
+        buffer: Momentum, if any.
+        steps: What each is multiplied by when it is subtracted from momentum.
+    """
+
+    param: Tensor
+    grads: Sequence[Tensor]
+    shares: Sequence[float]
+    buffer: Tensor | None = None
+    steps: Sequence[float] = ()
+
+
+def shift_(shifts: Sequence[Shift], momentum: float = 0.0, push: float = 1.0, decay: float = 1.0) -> list[int]:
+    r"""Move parameters along gradients: :math:`w \leftarrow \text{decay} \cdot w + \sum_k c_k g_k`.
+
+    With momentum, then :math:`v \leftarrow \mu v - \sum_k d_k g_k` and :math:`w \leftarrow w + \text{push} \cdot v`.
+
+    Args:
+        shifts: The parameters.
+        momentum: :math:`\mu`.
+        push: Of the momentum.
+        decay: Of the parameter.
+
+    Returns:
+        The places of those that the kernels do not take, which have not moved.
+    """
+    tasks, left = [], []
+    for place, (p, grads, shares, buffer, steps) in enumerate(shifts):
+        kept = [p, buffer] if buffer is not None and momentum else [p, p]
+        if not grads or not fits(*kept, *grads):
+            left.append(place)
+            continue
+        dtype = _TYPES[p.dtype]
+        c, d = np.array(shares, dtype=dtype), np.array(steps or [0.0] * len(grads), dtype=dtype)
+        numbers = np.array([momentum if buffer is not None else 0.0, push, decay], dtype=dtype)
+        tasks += [
+            _task(_kernels().shift, part[0], part[2:], c, part[1], d, numbers) for part in _slices((*kept, *grads), 1)
+        ]
+    _run(tasks)
+    return left
+
+
+def descend_(
+    rows: Sequence[tuple[Tensor, ...]], num_units: Sequence[int], factor: float, low: float, high: float
+) -> tuple[list[Tensor], Tensor]:
+    """Let rates for each entry of tensors descend along gradient times direction, within bounds.
+
+    Args:
+        rows: Gradient, direction of the last step, and rates, which change; they fit.
+        num_units: How many units each has; 1 where they are not told apart.
+        factor: Of the products.
+        low: Lower bound of rates.
+        high: Upper bound.
+
+    Returns:
+        The products as in `products_of_units`, and ``(rows, 2)``: sums of products times old rates, and of new rates.
+    """
+    tasks, found = [], []
+    others = np.zeros((len(rows), 2))
+    parts_of_others = []
+    for place, (row, n) in enumerate(zip(rows, num_units, strict=True)):
+        parts = list(_slices(row, n))
+        sums, pairs = np.empty(n if n > 1 else len(parts)), np.empty((len(parts), 2))
+        numbers = np.array([factor, low, high], dtype=parts[0][0].dtype)
+        begin = 0
+        for part, pair in zip(parts, pairs, strict=True):
+            end = begin + part[0].shape[0]
+            tasks.append(_task(_kernels().descend, *part, numbers, sums[begin:end], pair))
+            begin = end
+        found.append(torch.from_numpy(sums))
+        parts_of_others.append((place, pairs))
+    _run(tasks)
+    for place, pairs in parts_of_others:
+        others[place] = pairs.sum(axis=0)
+    return found, torch.from_numpy(others)
+
+
+def step_(
+    rows: Sequence[tuple[Tensor, Tensor, Tensor]], num_units: Sequence[int], common: Sequence[Any], share: float
+) -> None:
+    """Take steps ``param -= (common + share * rates) * direction``.
+
+    Args:
+        rows: Parameter, direction, and rates for each entry; they fit.
+        num_units: How many units each has; 1 where they are not told apart.
+        common: For each a number, or one for each unit.
+        share: Of the rates.
+    """
+    tasks = []
+    for row, n, rate in zip(rows, num_units, common, strict=True):
+        dtype = _TYPES[row[0].dtype]
+        each = np.broadcast_to(np.asarray(rate, dtype=dtype).reshape(-1), (n,))
+        begin = 0
+        for part in _slices(row, n):
+            length = part[0].shape[0]
+            rates = np.ascontiguousarray(each[begin : begin + length] if n > 1 else each)
+            begin += length
+            tasks.append(_task(_kernels().step, *part, rates, np.array([share], dtype=dtype)))
+    _run(tasks)
+
+
+_TYPES = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+@cache
+def _kernels() -> Any:
+    from lightning_grow.optim import kernels  # noqa: PLC0415 (Numba takes seconds to import)
+
+    return kernels
+
+
+def _task(kernel: Any, *arguments: Any) -> Task:
+    return lambda: kernel(*arguments)
+
+
+def _slices(tensors: Sequence[Tensor], num_units: int) -> Iterator[tuple[NDArray[Any], ...]]:
+    """Yield matching slices of tensors as arrays, a row for each unit."""
+    arrays = [(x.detach() if x.requires_grad else x).numpy().reshape(num_units, -1) for x in tensors]
+    size = arrays[0].shape[1]
+    if arrays[0].size <= SLICE:
+        yield tuple(arrays)
+        return
+    if num_units == 1:
+        for begin in range(0, size, SLICE):
+            yield tuple(a[:, begin : begin + SLICE] for a in arrays)
+        return
+    length = max(1, SLICE // max(1, size))
+    for begin in range(0, num_units, length):
+        yield tuple(a[begin : begin + length] for a in arrays)
+
+
+def _run(tasks: Sequence[Task]) -> None:
+    """Run tasks on as many cores as torch uses."""
+    workers = min(torch.get_num_threads(), len(tasks))
+    if workers <= 1:
+        for task in tasks:
+            task()
+        return
+    pool = _pool(workers)
+    rest = [pool.submit(_all, tasks[number::workers]) for number in range(1, workers)]
+    _all(tasks[::workers])
+    for future in rest:
+        future.result()
+
+
+def _all(tasks: Sequence[Task]) -> None:
+    for task in tasks:
+        task()
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers - 1, thread_name_prefix="lightning_grow_fused")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not live on in the child
