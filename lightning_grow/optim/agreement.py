@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_grow.optim.directions import Direction, Gradient
-from lightning_grow.optim.fused import descend_, fits, products_of_units
-from lightning_grow.optim.kept import KEY
+from lightning_grow.optim.directions import Direction
+from lightning_grow.optim.fused import agree, fits
 from lightning_grow.optim.ladder import PARAMETER, Ladder
 from lightning_grow.optim.pieces import CHUNK, Piece, pieces, unit_products, unit_sums
 from lightning_grow.optim.tensors import SMALL, flattened, product, wide_dtype
@@ -79,30 +78,31 @@ class Agreement:
     def _by_kernels(self, moving: Sequence[Moving]) -> Sequence[Moving]:
         """Take the tensors that the kernels take; return the others."""
         ladder = self._ladder
-        if not isinstance(self._direction, Gradient) or (
-            ladder.has_parameters and ladder.group["max_change"] is not None
-        ):
+        if ladder.has_parameters and ladder.group["max_change"] is not None:
             return moving
-        names = [KEY, PARAMETER] if ladder.has_parameters else [KEY]
         those, left, rows = [], [], []
         for m in moving:
-            row = (m.grad, *(m.state[name] for name in names))
-            if fits(*row):
+            remembered = [m.state[name] for name in self._direction.last_needs]
+            rates = m.state[PARAMETER] if ladder.has_parameters else None
+            if fits(m.grad, *remembered, *([] if rates is None else [rates])):
                 those.append(m)
-                rows.append(row)
+                rows.append((m.grad, remembered, rates))
             else:
                 left.append(m)
+        if not those:
+            return moving
         places = [m.place for m in those]
-        counts = [ladder.num_units(place) for place in places]
+        sums, others = agree(
+            rows,
+            [ladder.num_units(place) for place in places],
+            [self._direction.rule(m.state) for m in those],
+            (ladder.factor_of_parameters, ladder.group["lr_min"], ladder.group["lr_max"]),
+        )
         if ladder.has_parameters:
-            bounds = ladder.group["lr_min"], ladder.group["lr_max"]
-            sums, others = descend_(rows, counts, ladder.factor_of_parameters, *bounds)
             self.weighted.append(others[:, 0].sum())
             for place, total in zip(places, others[:, 1], strict=True):
                 ladder.note_rates(place, total)
-        else:
-            sums = products_of_units(rows, counts)
-        self._add(places, [len(s) for s in sums], torch.cat(sums) if sums else self.sums.new_zeros(0))
+        self._add(places, [len(s) for s in sums], torch.cat(sums))
         return left
 
     def _of_tensor(self, m: Moving) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_grow.optim.fused import Rule
 from lightning_grow.optim.kept import KEY
 from lightning_grow.optim.tensors import Rate
 
@@ -36,6 +37,10 @@ class Direction(ABC):
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
     @abstractmethod
+    def rule(self, state: Mapping[str, Any]) -> Rule:
+        """Return how the kernels of `fused` compute the direction, of the last step or of one that has begun."""
+
+    @abstractmethod
     def last(self, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
         """Return the direction of the last step, from pieces of what `last_needs` names."""
 
@@ -60,6 +65,10 @@ class Gradient(Direction):
     has_scratch = False
 
     @override
+    def rule(self, state: Mapping[str, Any]) -> Rule:
+        return Rule(0)
+
+    @override
     def last(self, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
         return remembered[0]
 
@@ -76,6 +85,10 @@ class Nesterov(FusedDirection):
 
     def __init__(self, momentum: float) -> None:
         self.momentum = momentum
+
+    @override
+    def rule(self, state: Mapping[str, Any]) -> Rule:
+        return Rule(1, (self.momentum,))
 
     @override
     def last(self, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
@@ -120,6 +133,10 @@ class Adam(FusedDirection):
     def begin(self, param: Tensor, state: MutableMapping[str, Any]) -> None:
         super().begin(param, state)
         state["step"] = state.get("step", 0) + 1
+
+    @override
+    def rule(self, state: Mapping[str, Any]) -> Rule:
+        return Rule(2, (*self.scales(state["step"]), *self.betas))
 
     @override
     def last(self, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,27 +96,6 @@ def dots(xs: Sequence[Tensor], others: Sequence[Sequence[Tensor]], *, fused: boo
     return list(products(xs, others).unbind()) if fused else [dot(xs, ys) for ys in others]
 
 
-def products_of_units(rows: Sequence[tuple[Tensor, ...]], num_units: Sequence[int]) -> list[Tensor]:
-    """Return the products of pairs of tensors, in float64: those of each unit along dim 0, or of slices.
-
-    Args:
-        rows: Pairs of tensors of one shape, which fit.
-        num_units: How many units each has; 1 where they are not told apart, and what is returned are parts of the sum.
-    """
-    tasks, found = [], []
-    for row, n in zip(rows, num_units, strict=True):
-        parts = list(_slices(row, n))
-        sums = np.empty((1, n if n > 1 else len(parts)))
-        begin = 0
-        for part in parts:
-            end = begin + part[0].shape[0]
-            tasks.append(_task(_kernels().products, part[0], part[1:], sums[:, begin:end]))
-            begin = end
-        found.append(torch.from_numpy(sums[0]))
-    _run(tasks)
-    return found
-
-
 def adam_products(rows: Sequence[tuple[Tensor, Tensor, Tensor]], scales: Sequence[tuple[float, float]]) -> list[Tensor]:
     """Return the products of gradients with Adam's directions, and the squared lengths of those: ``(2,)`` for each.
 
@@ -184,62 +163,87 @@ def shift_(shifts: Sequence[Shift], momentum: float = 0.0, push: float = 1.0, de
     return left
 
 
-def descend_(
-    rows: Sequence[tuple[Tensor, ...]], num_units: Sequence[int], factor: float, low: float, high: float
+class Rule(NamedTuple):
+    """How the kernels compute a direction; see `kernels.agree` and `kernels.advance`.
+
+    Attributes:
+        kind: Of the direction.
+        numbers: That it needs.
+    """
+
+    kind: int
+    numbers: tuple[float, ...] = ()
+
+
+def agree(
+    rows: Sequence[tuple[Tensor, list[Tensor], Tensor | None]],
+    num_units: Sequence[int],
+    rules: Sequence[Rule],
+    bounds: tuple[float, float, float],
 ) -> tuple[list[Tensor], Tensor]:
-    """Let rates for each entry of tensors descend along gradient times direction, within bounds.
+    """Return the products of gradients with the last direction, unit by unit; rates for each entry descend along them.
 
     Args:
-        rows: Gradient, direction of the last step, and rates, which change; they fit.
-        num_units: How many units each has; 1 where they are not told apart.
-        factor: Of the products.
-        low: Lower bound of rates.
-        high: Upper bound.
+        rows: Gradient, what the last direction is computed from, and rates, if any, which change; they fit.
+        num_units: How many units each has; 1 where they are not told apart, and what is returned are parts of the sum.
+        rules: How the last direction is computed.
+        bounds: What products are multiplied by before they are added to rates, and the bounds of those.
 
     Returns:
-        The products as in `products_of_units`, and ``(rows, 2)``: sums of products times old rates, and of new rates.
+        For each row ``(units,)`` or ``(parts,)``, float64; and ``(rows, 2)``: sums of products times old rates, and of
+        new rates.
     """
-    tasks, found = [], []
-    others = np.zeros((len(rows), 2))
-    parts_of_others = []
-    for place, (row, n) in enumerate(zip(rows, num_units, strict=True)):
-        parts = list(_slices(row, n))
-        sums, pairs = np.empty(n if n > 1 else len(parts)), np.empty((len(parts), 2))
-        numbers = np.array([factor, low, high], dtype=parts[0][0].dtype)
-        begin = 0
-        for part, pair in zip(parts, pairs, strict=True):
+    tasks, found, pairs = [], [], []
+    for (grad, remembered, rates), n, rule in zip(rows, num_units, rules, strict=True):
+        parts = list(_slices((grad, *remembered, *([] if rates is None else [rates])), n))
+        sums, others = np.empty(n if n > 1 else len(parts)), np.empty((len(parts), 2))
+        dtype, begin = _TYPES[grad.dtype], 0
+        numbers, limits = _array(rule.numbers or (0.0,), dtype), _array(bounds, dtype)
+        for part, pair in zip(parts, others, strict=True):
             end = begin + part[0].shape[0]
-            tasks.append(_task(_kernels().descend, *part, numbers, sums[begin:end], pair))
+            some, r = (part[1:], _none(dtype)) if rates is None else (part[1:-1], part[-1])
+            tasks.append(_task(_kernels().agree, part[0], some, rule.kind, numbers, r, limits, sums[begin:end], pair))
             begin = end
         found.append(torch.from_numpy(sums))
-        parts_of_others.append((place, pairs))
+        pairs.append(others)
     _run(tasks)
-    for place, pairs in parts_of_others:
-        others[place] = pairs.sum(axis=0)
-    return found, torch.from_numpy(others)
+    if rows[0][2] is None:
+        return found, torch.zeros(len(rows), 2, dtype=torch.float64)
+    return found, torch.from_numpy(np.array([others.sum(axis=0) for others in pairs]))
 
 
-def step_(
-    rows: Sequence[tuple[Tensor, Tensor, Tensor]], num_units: Sequence[int], common: Sequence[Any], share: float
+def advance_(
+    rows: Sequence[tuple[Tensor, Tensor, list[Tensor], Tensor | None]],
+    num_units: Sequence[int],
+    rules: Sequence[Rule],
+    common: Sequence[Any],
+    share: float,
+    decay: float,
 ) -> None:
     """Take steps ``param -= (common + share * rates) * direction``.
 
     Args:
-        rows: Parameter, direction, and rates for each entry; they fit.
+        rows: Parameter, gradient, what the direction is computed from, which takes in the gradient, and rates for each
+            entry, if any; they fit.
         num_units: How many units each has; 1 where they are not told apart.
+        rules: How the direction is computed.
         common: For each a number, or one for each unit.
         share: Of the rates.
+        decay: Decoupled weight decay.
     """
     tasks = []
-    for row, n, rate in zip(rows, num_units, common, strict=True):
-        dtype = _TYPES[row[0].dtype]
+    for (param, grad, remembered, rates), n, rule, rate in zip(rows, num_units, rules, common, strict=True):
+        dtype = _TYPES[param.dtype]
         each = np.broadcast_to(np.asarray(rate, dtype=dtype).reshape(-1), (n,))
+        numbers, shares = _array(rule.numbers or (0.0,), dtype), _array((share, decay), dtype)
         begin = 0
-        for part in _slices(row, n):
-            length = part[0].shape[0]
-            rates = np.ascontiguousarray(each[begin : begin + length] if n > 1 else each)
-            begin += length
-            tasks.append(_task(_kernels().step, *part, rates, np.array([share], dtype=dtype)))
+        kept = remembered or [grad]
+        for part in _slices((param, grad, *kept, *([] if rates is None else [rates])), n):
+            end = begin + part[0].shape[0]
+            own = np.ascontiguousarray(each[begin:end] if n > 1 else each)
+            begin = end
+            some, r = (part[2:], _none(dtype)) if rates is None else (part[2:-1], part[-1])
+            tasks.append(_task(_kernels().advance, *part[:2], some, rule.kind, numbers, r, own, shares))
     _run(tasks)
 
 
@@ -251,6 +255,16 @@ def _kernels() -> Any:
     from lightning_grow.optim import kernels  # noqa: PLC0415 (Numba takes seconds to import)
 
     return kernels
+
+
+@lru_cache(maxsize=64)
+def _array(numbers: tuple[float, ...], dtype: type) -> NDArray[Any]:
+    return np.array(numbers, dtype=dtype)
+
+
+@cache
+def _none(dtype: type) -> NDArray[Any]:
+    return np.empty((0, 0), dtype=dtype)
 
 
 def _task(kernel: Any, *arguments: Any) -> Task:

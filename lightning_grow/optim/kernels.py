@@ -16,7 +16,7 @@ BLOCK = 2**12
 """Entries that stay in the innermost cache while several loops pass over them."""
 
 # Sums may be reordered, products and sums joined; NaN and infinity keep their meaning.
-_compiled = njit(fastmath={"reassoc", "nsz", "contract"}, nogil=True, cache=True)
+_compiled = njit(fastmath={"reassoc", "nsz", "contract"}, error_model="numpy", nogil=True, cache=True)
 
 
 @_compiled
@@ -88,43 +88,133 @@ def shift(param: Array, grads: tuple[Array, ...], shares: Array, buffer: Array, 
                     p[i] += push * v[i]
 
 
-@_compiled
-def descend(
-    grad: Array, last: Array, rates: Array, numbers: Array, sums: NDArray[np.float64], others: NDArray[np.float64]
-) -> None:
-    """Let a rate for each entry descend along ``grad * last``, within bounds.
+GRADIENT, NESTEROV, ADAM = 0, 1, 2
+"""Kinds of directions, with what they remember: nothing or the last gradient; the momentum too; both moments."""
 
-    Writes the sums of the products in each row, ``sums[row]``, and the sums of products times old rates and of new
-    rates, ``others[0]`` and ``others[1]``. ``numbers`` are the factor of the products and the bounds.
+
+@_compiled
+def _within(x: float, low: float, high: float) -> float:
+    """Return a number within bounds; `min` and `max` would not become vector instructions."""
+    x = low if x < low else x  # noqa: FURB136
+    return high if x > high else x  # noqa: FURB136
+
+
+@_compiled
+def agree(  # noqa: C901 (one pass, with a loop for each kind)
+    grad: Array,
+    remembered: tuple[Array, ...],
+    kind: int,
+    numbers: Array,
+    rates: Array,
+    bounds: Array,
+    sums: NDArray[np.float64],
+    others: NDArray[np.float64],
+) -> None:
+    """Sum up H, gradient times last direction; where there are rates for each entry, let them descend along it.
+
+    The last direction is ``prev`` (`GRADIENT`), ``prev + numbers[0] * buffer`` (`NESTEROV`), or
+    ``first / (sqrt(second) * numbers[0] + numbers[1])`` (`ADAM`). Writes the sum of each row, ``sums[row]``. Rates, if
+    they have rows, change by ``bounds[0]`` times H, between ``bounds[1]`` and ``bounds[2]``; ``others`` are the sums of
+    H times old rates, and of new rates.
     """
-    factor, low, high = numbers[0], numbers[1], numbers[2]
+    has_rates = rates.shape[0] > 0
+    factor, low, high = bounds[0], bounds[1], bounds[2]
     others[:] = 0.0
+    h = np.empty(BLOCK, dtype=grad.dtype)
     for row in range(grad.shape[0]):
         sums[row] = 0.0
         for begin in range(0, grad.shape[1], BLOCK):
             end = min(begin + BLOCK, grad.shape[1])
-            g, u, r = grad[row, begin:end], last[row, begin:end], rates[row, begin:end]
+            g, a = grad[row, begin:end], remembered[0][row, begin:end]
+            b = remembered[len(remembered) - 1][row, begin:end]
             zero = g.dtype.type(0)
             along, weighted, total = zero, zero, zero
-            for i in range(g.shape[0]):
-                h = g[i] * u[i]
-                along += h
-                weighted += h * r[i]
-                new = r[i] + factor * h
-                new = max(new, low)
-                r[i] = min(new, high)
-            for i in range(g.shape[0]):
-                total += r[i]
+            if not has_rates:  # then nothing has to be written down
+                if kind == GRADIENT:
+                    for i in range(g.shape[0]):
+                        along += g[i] * a[i]
+                elif kind == NESTEROV:
+                    for i in range(g.shape[0]):
+                        along += g[i] * (a[i] + numbers[0] * b[i])
+                else:
+                    for i in range(g.shape[0]):
+                        along += g[i] * a[i] / (np.sqrt(b[i]) * numbers[0] + numbers[1])
+                sums[row] += along
+                continue
+            r = rates[row, begin:end]
+            if kind == GRADIENT:
+                for i in range(g.shape[0]):
+                    x = g[i] * a[i]
+                    along += x
+                    weighted += x * r[i]
+                    r[i] = _within(r[i] + factor * x, low, high)
+                    total += r[i]
+            else:
+                if kind == NESTEROV:
+                    for i in range(g.shape[0]):
+                        h[i] = g[i] * (a[i] + numbers[0] * b[i])
+                else:
+                    for i in range(g.shape[0]):
+                        h[i] = g[i] * a[i] / (np.sqrt(b[i]) * numbers[0] + numbers[1])
+                for i in range(g.shape[0]):
+                    along += h[i]
+                    weighted += h[i] * r[i]
+                    r[i] = _within(r[i] + factor * h[i], low, high)
+                    total += r[i]
             sums[row] += along
             others[0] += weighted
             others[1] += total
 
 
 @_compiled
-def step(param: Array, direction: Array, rates: Array, common: Array, share: Array) -> None:
-    """Do ``param -= (common[row] + share[0] * rates) * direction``."""
-    for row in range(param.shape[0]):
-        p, u, r = param[row], direction[row], rates[row]
-        rate, part = common[row], share[0]
-        for i in range(p.shape[0]):
-            p[i] -= (rate + part * r[i]) * u[i]
+def advance(
+    param: Array,
+    grad: Array,
+    remembered: tuple[Array, ...],
+    kind: int,
+    numbers: Array,
+    rates: Array,
+    common: Array,
+    shares: Array,
+) -> None:
+    """Let what is remembered take in the gradient, and go along the direction with ``common[row] + share * rates``.
+
+    The direction is ``grad`` (`GRADIENT`); ``grad + momentum * buffer`` with ``buffer = momentum * buffer + grad``
+    (`NESTEROV`; ``numbers[0]`` is the momentum); or Adam's, as in `agree`, after the moments have moved with
+    ``numbers[2]`` and ``numbers[3]``. Rates may be without rows. ``shares``: of the rates, and the weight decay.
+    """
+    has_rates = rates.shape[0] > 0
+    share, decay = shares[0], shares[1]
+    along = np.empty(BLOCK, dtype=grad.dtype)
+    for row in range(grad.shape[0]):
+        for begin in range(0, grad.shape[1], BLOCK):
+            end = min(begin + BLOCK, grad.shape[1])
+            p, g = param[row, begin:end], grad[row, begin:end]
+            u = along[: g.shape[0]]
+            if kind == GRADIENT:
+                u = g
+            elif kind == NESTEROV:
+                v, momentum = remembered[0][row, begin:end], numbers[0]
+                for i in range(g.shape[0]):
+                    v[i] = momentum * v[i] + g[i]
+                    u[i] = g[i] + momentum * v[i]
+            else:
+                m, s = remembered[0][row, begin:end], remembered[len(remembered) - 1][row, begin:end]
+                for i in range(g.shape[0]):
+                    m[i] += (1 - numbers[2]) * (g[i] - m[i])
+                    s[i] = numbers[3] * s[i] + (1 - numbers[3]) * g[i] * g[i]
+                    u[i] = m[i] / (np.sqrt(s[i]) * numbers[0] + numbers[1])
+            own = common[row]
+            if has_rates:
+                r = rates[row, begin:end]
+                if decay != 0:
+                    for i in range(g.shape[0]):
+                        p[i] *= 1 - decay * (own + share * r[i])
+                for i in range(g.shape[0]):
+                    p[i] -= (own + share * r[i]) * u[i]
+            else:
+                if decay != 0:
+                    for i in range(g.shape[0]):
+                        p[i] *= 1 - decay * own
+                for i in range(g.shape[0]):
+                    p[i] -= own * u[i]

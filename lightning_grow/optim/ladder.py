@@ -203,7 +203,7 @@ class Ladder:
     @property
     def factor_of_parameters(self) -> Any:
         """What rates of parameters change by, over the product H."""
-        return self._factor("parameter") * self.layers.size
+        return self._factor("parameter") * self.layers.size if self.has_parameters else 0.0
 
     def note_rates(self, place: int, total: Tensor) -> None:
         """Take note of the sum of rates of a tensor's parameters, or of a piece, after they have descended."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_grow.optim.agreement import Moving, in_pieces
 from lightning_grow.optim.directions import Direction, FusedDirection, Gradient
-from lightning_grow.optim.fused import fits, step_
+from lightning_grow.optim.fused import advance_, fits
 from lightning_grow.optim.ladder import PARAMETER, Ladder
 from lightning_grow.optim.pieces import of_units
 from lightning_grow.optim.tensors import Rate, can_fuse, subtract_
@@ -19,9 +19,9 @@ def move(ladder: Ladder, direction: Direction, moving: Sequence[Moving]) -> None
     """Take the step."""
     group = ladder.group
     decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-    if group["fused"] and ladder.has_parameters and isinstance(direction, Gradient) and not decay:
-        moving = _move_with_kernels(ladder, moving)
-    elif group["foreach"] is not False and not ladder.has_parameters:
+    if group["fused"] and (ladder.has_parameters or (ladder.has_units and not isinstance(direction, Gradient))):
+        moving = _move_with_kernels(ladder, direction, moving, decay)
+    if group["foreach"] is not False and not ladder.has_parameters:
         if isinstance(direction, Gradient):
             _move_along_gradients(ladder, moving, decay)
             return
@@ -57,17 +57,30 @@ def _move_along_gradients(ladder: Ladder, moving: Sequence[Moving], decay: float
     torch._foreach_addcmul_(params, grads, rates, value=-1)
 
 
-def _move_with_kernels(ladder: Ladder, moving: Sequence[Moving]) -> list[Moving]:
-    """Take the step of gradient descent, with rates of parameters, where the kernels can; return the other tensors."""
-    those = [m for m in moving if not ladder.draws and fits(m.param, m.grad, m.state[PARAMETER])]
-    step_(
-        [(m.param, m.grad, m.state[PARAMETER]) for m in those],
+def _move_with_kernels(
+    ladder: Ladder, direction: Direction, moving: Sequence[Moving], decay: float
+) -> Sequence[Moving]:
+    """Take the step of the tensors that the kernels take; return the others."""
+    if ladder.draws:
+        return moving
+    those, left, rows = [], [], []
+    for m in moving:
+        remembered = [m.state[name] for name in direction.next_needs]
+        rates = m.state[PARAMETER] if ladder.has_parameters else None
+        if fits(m.param, m.grad, *remembered, *([] if rates is None else [rates])):
+            those.append(m)
+            rows.append((m.param, m.grad, remembered, rates))
+        else:
+            left.append(m)
+    advance_(
+        rows,
         [ladder.num_units(m.place) for m in those],
+        [direction.rule(m.state) for m in those],
         [ladder.common(m.place) for m in those],
         float(ladder.share_of_parameters),
+        decay,
     )
-    done = {m.place for m in those}
-    return [m for m in moving if m.place not in done]
+    return left
 
 
 def _move_fused(ladder: Ladder, direction: FusedDirection, moving: Sequence[Moving]) -> list[Moving]:

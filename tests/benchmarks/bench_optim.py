@@ -65,7 +65,19 @@ CONTENDERS: Mapping[str, Contender] = {
     "CAMHD, global and parameter": Contender(
         lambda p, **how: CAMHD(p, 1e-6, levels=("global", "parameter"), **how), SGD, 8
     ),
-    "CAMHD on Adam, layer": Contender(lambda p, **how: CAMHD(p, 1e-6, base="adam", **how), ADAM, 10),
+    "CAMHD on SGDN, global and unit": Contender(
+        lambda p, **how: CAMHD(p, 1e-6, "sgdn", levels=("global", "unit"), **how), NESTEROV, 8
+    ),
+    "CAMHD on SGDN, global and parameter": Contender(
+        lambda p, **how: CAMHD(p, 1e-6, "sgdn", levels=("global", "parameter"), **how), NESTEROV, 11
+    ),
+    "CAMHD on Adam, global and layer": Contender(lambda p, **how: CAMHD(p, 1e-6, "adam", **how), ADAM, 10),
+    "CAMHD on Adam, global and unit": Contender(
+        lambda p, **how: CAMHD(p, 1e-6, "adam", levels=("global", "unit"), **how), ADAM, 10
+    ),
+    "CAMHD on Adam, global and parameter": Contender(
+        lambda p, **how: CAMHD(p, 1e-6, "adam", levels=("global", "parameter"), **how), ADAM, 13
+    ),
 }
 
 
