@@ -1,6 +1,6 @@
 """One thread for each test process: the suite shares few cores, and sums do not depend on their number.
 
-Three habits of torch and Python that cost much in deep stacks of a large process are switched off, too.
+Habits of torch and Python that cost much in deep stacks of a large process are switched off, too.
 """
 
 import gc
