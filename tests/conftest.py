@@ -1,4 +1,10 @@
-"""One thread for each test process: the suite shares few cores, and sums do not depend on their number."""
+"""One thread for each test process: the suite shares few cores, and sums do not depend on their number.
+
+Habits of torch and Python that cost much in deep stacks of a large process are switched off, too.
+"""
+
+import gc
+import logging
 
 import matplotlib as mpl
 import pytest
@@ -9,6 +15,15 @@ collect_ignore_glob = ["*/*_worker.py"]
 
 torch.set_num_threads(1)
 mpl.use("Agg")
+logging.getLogger("torch.__trace").handlers.clear()  # else each guard of the shape engine comes with its stack as text
+if not torch.accelerator.is_available():  # else each seed is kept for devices to come, each time with its stack as text
+    torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = torch.mtia.manual_seed_all = lambda seed: None
+
+
+def pytest_collection_finish():
+    """What is imported stays: collecting garbage need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

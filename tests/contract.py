@@ -50,7 +50,7 @@ class Contract:
 
 CONTRACT = {
     "net2net_wider": Contract(Net2Net, {"every_n_steps": 4, "num_units": 2}, preserves=True),
-    "net2net_deeper": Contract(Net2Net, {"every_n_steps": 4, "width": False, "depth": True}, preserves=True),
+    "net2net_deeper": Contract(Net2Net, {"every_n_steps": 5, "width": False, "depth": True}, preserves=True),
     "net2net_both": Contract(
         Net2Net, {"every_n_steps": 5, "fraction": 0.5, "depth": True, "max_parameters": 400}, preserves=True
     ),

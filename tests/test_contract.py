@@ -1,6 +1,9 @@
 """What every method must keep, run over the table of `contract.py`."""
 
 import copy
+from functools import cache
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 import pytest
@@ -42,31 +45,40 @@ class Around(pl.Callback):
         self.notes.setdefault(trainer.global_step, {})[self.name] = output, state_of(pl_module, trainer)
 
 
-def watched_run(folder, method, **arguments):
-    """Run a method in double precision; return its callback and what was seen around each event."""
-    notes = {}
+class Watched(NamedTuple):
+    """What a run ended with, its events, and what was seen right before and right after each step with some."""
+
+    state: dict
+    events: list
+    notes: dict
+
+
+@cache
+def watched_run(name):
+    """Run a method in double precision, once for all tests that look at it."""
+    notes, method = {}, CONTRACT[name]
     callback = method.make()
     module = build(method.module, **method.module_arguments).double()
-    run = trainer(folder, Around(notes, "before"), callback, Around(notes, "after"), max_epochs=2, **arguments)
-    run.fit(module, loader(dtype=torch.float64))
-    events = {event.step for event in callback.record.events}
+    with TemporaryDirectory() as folder:
+        run = trainer(folder, Around(notes, "before"), callback, Around(notes, "after"), max_epochs=2)
+        run.fit(module, loader(dtype=torch.float64))
+    events = callback.record.events
     assert events, "the method did nothing within 12 steps"
-    return callback, {step: notes[step] for step in sorted(events)}
+    return Watched(state_of(module, run), events, {step: notes[step] for step in sorted({e.step for e in events})})
 
 
-@METHODS
-def test_the_function_is_kept_where_that_is_promised(method, tmp_path):
-    _, notes = watched_run(tmp_path, method)
-    for step, seen in notes.items():
+@pytest.mark.parametrize("name", CONTRACT)
+def test_the_function_is_kept_where_that_is_promised(name):
+    method = CONTRACT[name]
+    for step, seen in watched_run(name).notes.items():
         moved = float((seen["after"][0] - seen["before"][0]).abs().max())
         assert (moved < 1e-10) == method.preserves, f"step {step}: outputs moved by {moved:.2g}"
 
 
-@METHODS
-def test_optimizer_state_follows(method, tmp_path):
+@pytest.mark.parametrize("name", CONTRACT)
+def test_optimizer_state_follows(name):
     """Every state has the shape of its parameter; what belongs to an untouched parameter has not changed."""
-    _, notes = watched_run(tmp_path, method)
-    for seen in notes.values():
+    for seen in watched_run(name).notes.values():
         before, after = seen["before"][1], seen["after"][1]
         for key, value in after.items():
             if key.startswith("optimizer0.") and value.ndim:
@@ -124,21 +136,17 @@ def test_resume_equals_the_uninterrupted_run(method, tmp_path):
         assert again.record.to_dict() == callback.record.to_dict()
 
 
-@METHODS
-def test_two_processes_equal_one(method, tmp_path, two_processes):
+@pytest.mark.parametrize("name", CONTRACT)
+def test_two_processes_equal_one(name, two_processes):
     """The same global batch: ranks end bit-identical, and equal to a single process up to round-off."""
-    name = next(name for name, row in CONTRACT.items() if row is method)
     first, second = (torch.load(two_processes / f"{name}{rank}.pt", weights_only=True) for rank in range(2))
     assert first["state"].keys() == second["state"].keys()
     for key, value in first["state"].items():
         assert torch.equal(value, second["state"][key]), key
-    single = build(method.module, **method.module_arguments).double()
-    callback = method.make()
-    run = trainer(tmp_path, callback, max_epochs=2)
-    run.fit(single, loader(dtype=torch.float64))
+    single = watched_run(name)
     sizes = [(event["step"], event["group"], event["after"]) for event in first["record"]["events"]]
-    assert sizes == [(event.step, event.group, event.after) for event in callback.record.events]
-    for key, value in state_of(single, run).items():
+    assert sizes == [(event.step, event.group, event.after) for event in single.events]
+    for key, value in single.state.items():
         torch.testing.assert_close(
             first["state"][key], value, rtol=1e-7, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}"
         )

@@ -20,7 +20,7 @@ def test_a_recipe_grows_tests_and_leaves_a_picture(name, tmp_path, capfd):
     args = ["fit", "--config", str(RECIPES / f"{name}.yaml"), "--config", str(RECIPES / "fast.yaml")]
     if name == "fashion_mnist":
         args += [f"--data.init_args.data_dir={tmp_path / 'files'}", "--data.init_args.verify=false"]
-        args += ["--data.init_args.download=false", "--model.init_args.image_size=8"]
+        args += ["--data.init_args.download=false", "--model.init_args.image_size=8", "--trainer.max_epochs=2"]
     assert main(args) == 0
     out = capfd.readouterr().out
     config = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())

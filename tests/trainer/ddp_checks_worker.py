@@ -78,7 +78,7 @@ def main() -> None:
     text = lg.plan(build(Residual), next(iter(loader()))[0]).to_yaml()
     path.write_text(text.replace("max_blocks: null", "max_blocks: 3").replace("max_units: null", "max_units: 7"))
     module, grow = build(Residual), Net2Net(every_n_steps=1, num_units=1, depth=True, groups=str(path))
-    run = fit(folder, module, grow, max_epochs=2)
+    run = fit(folder, module, grow, max_epochs=1)
     result["planned"] = state_of(module, run)
     result["largest"] = max(p.shape[0] for p in module.blocks.parameters()), len(module.blocks)
     torch.save(result, folder / f"rank{RANK}.pt")

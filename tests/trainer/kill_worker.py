@@ -39,6 +39,10 @@ def run(folder: Path, epoch: int, checkpoint: Any = None) -> None:
     torch.save({"state": state_of(module, fit), "record": grow.record.to_dict()}, folder / "end.pt")
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.set_num_threads(1)
     run(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+
+
+if __name__ == "__main__":
+    main()

@@ -14,9 +14,9 @@ from lightning_grow.examples import ImageClassifier
 from lightning_grow.trainer.history import HISTORY_FILE, LossCurve, run_folder
 
 
-def train(history, *, epochs=2, growth=True, ckpt_path=None, logger=False, **kwargs):
+def train(history, *, epochs=2, growth=True, ckpt_path=None, logger=False, widths=(2,), **kwargs):
     torch.manual_seed(0)
-    model = ImageClassifier(image_size=8, widths=[2, 2])
+    model = ImageClassifier(image_size=8, widths=widths)
     grow = [lg.Net2Net(every_n_steps=2, depth=True, verbose=False)] if growth else []
     trainer = pl.Trainer(
         max_epochs=epochs, limit_train_batches=3, limit_val_batches=1, accelerator="cpu", log_every_n_steps=1,
@@ -42,7 +42,7 @@ def test_a_loss_curve_is_bounded_and_keeps_the_mean(most, number):
 
 def test_snapshots_are_the_network_as_it_was(tmp_path):
     history = lg.History(dirpath=str(tmp_path / "here"))
-    _, model = train(history, enable_checkpointing=False)
+    _, model = train(history, widths=(2, 2), enable_checkpointing=False)
     saved = json.loads((tmp_path / "here" / HISTORY_FILE).read_text())
     first, last = saved["snapshots"][0], saved["snapshots"][-1]
     assert first["parameters"] == sum(p.numel() for p in ImageClassifier(image_size=8, widths=[2, 2]).parameters())
@@ -56,10 +56,10 @@ def test_snapshots_are_the_network_as_it_was(tmp_path):
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_resumed_run_continues_its_history(tmp_path):
     whole = lg.History(dirpath=str(tmp_path / "whole"))
-    train(whole, epochs=4, enable_checkpointing=False)
-    trainer, _ = train(lg.History(dirpath=str(tmp_path / "part")), default_root_dir=tmp_path / "part")
+    train(whole, epochs=3, enable_checkpointing=False)
+    trainer, _ = train(lg.History(dirpath=str(tmp_path / "part")), epochs=1, default_root_dir=tmp_path / "part")
     resumed = lg.History(dirpath=str(tmp_path / "part"))
-    train(resumed, epochs=4, ckpt_path=trainer.checkpoint_callback.best_model_path, default_root_dir=tmp_path / "more")
+    train(resumed, epochs=3, ckpt_path=trainer.checkpoint_callback.best_model_path, default_root_dir=tmp_path / "more")
     assert [s["step"] for s in resumed.snapshots] == [s["step"] for s in whole.snapshots]
     assert [s["depth"] for s in resumed.snapshots] == [s["depth"] for s in whole.snapshots]
     assert resumed.train.steps == whole.train.steps
