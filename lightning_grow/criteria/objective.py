@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grow.criteria.statistics import Reduce
+from lightning_grow.structure.sandbox import reseed
 
 
 class MeasurementError(RuntimeError):
@@ -136,7 +137,7 @@ def measuring(model: nn.Module, seed: int = 0) -> Iterator[None]:
             stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
             if recurrent and device.type == "cuda":  # cuDNN has no gradient of recurrent layers in eval mode
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            torch.manual_seed(seed)
+            reseed(seed)
             yield
     finally:
         for module, training in modes.items():

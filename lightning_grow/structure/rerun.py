@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_grow.structure.holders import Holders, Step, put
 from lightning_grow.structure.identity import Call, private, same
-from lightning_grow.structure.sandbox import plain_layers, swap_in, tensors_in, unchanged
+from lightning_grow.structure.sandbox import plain_layers, reseed, swap_in, tensors_in, unchanged
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ class Runner:
             for inner in module.modules():
                 inner.__dict__["training"] = False
             handles = [handle for block in blocks.values() for handle in _recorded(block, calls)]
-            torch.manual_seed(0)
+            reseed(0)
             try:
                 outputs = tensors_in(call())
             finally:

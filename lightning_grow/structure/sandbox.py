@@ -44,6 +44,28 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 module.__dict__.update(attributes)
 
 
+def reseed(seed: int) -> None:
+    """Seed the generators that `unchanged` puts back: of the CPU, and of the current CUDA device if it is in use.
+
+    ``torch.manual_seed`` seeds all devices, also those that come into use later: the run would go on with that seed.
+
+    Args:
+        seed: The seed.
+
+    Example:
+        >>> with unchanged(nn.Linear(1, 1)):
+        ...     reseed(0)
+        ...     first = torch.rand(1)
+        ...     reseed(0)
+        ...     second = torch.rand(1)
+        >>> bool(first == second)
+        True
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed(seed)
+
+
 def swap_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors in the place of parameters and buffers, tied ones included. Use inside `unchanged`."""
     by_id = {id(t): tensors[n] for n, t in [*model.named_parameters(), *model.named_buffers()] if n in tensors}

@@ -18,7 +18,7 @@ from lightning_grow.structure.axes import AxisGroup, Padding, layout_length, lay
 from lightning_grow.structure.layout import entry_index, entry_share
 from lightning_grow.structure.modules import conflict
 from lightning_grow.structure.noise import EvenNoise
-from lightning_grow.structure.sandbox import cast_states, plain_layers, set_size, swap_in, tensors_in, unchanged
+from lightning_grow.structure.sandbox import cast_states, plain_layers, reseed, set_size, swap_in, tensors_in, unchanged
 from lightning_grow.structure.states import is_state, states
 
 MOST_BYTES = 4 << 30
@@ -234,7 +234,7 @@ class Trials:
                     set_size(self.model, attribute, entry_index(attribute.layout, self._full, units))
                 elif any(sizes[n] != self._full[n] for n in layout_units(attribute.layout)):
                     set_size(self.model, attribute, layout_length(attribute.layout, sizes))
-            torch.manual_seed(0)
+            reseed(0)
             yield self._cast((self._args, self._kwargs))
 
     @contextlib.contextmanager

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_grow.criteria.objective import MeasurementError, Objective
 from lightning_grow.structure import Structure, StructureError, trace, trace_call
+from lightning_grow.structure.sandbox import reseed
 from lightning_grow.structure.stacks import find_stacks
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def step_outputs(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, ba
 
     devices = [torch.cuda.current_device()] if module.device.type == "cuda" else []
     with quiet_copy(trainer, module) as probe, torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(0)
+        reseed(0)
         probe.eval()
         for inner in (probe, *probe.children()):
             inner.register_forward_hook(remember)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_grow.criteria.objective import measuring
+from lightning_grow.structure import trace
 from lightning_grow.structure.axes import Attribute, Block
 from lightning_grow.structure.sandbox import set_size, swap_in, tensors_in, unchanged
 
@@ -70,3 +72,17 @@ def test_tensors_are_found_in_nested_outputs() -> None:
     first, second, third = torch.ones(1), torch.ones(2), torch.ones(3)
     found: list[Tensor] = tensors_in({"a": [first, "text", None], "b": ({"c": second}, 3.0), "d": third})
     assert [t.numel() for t in found] == [1, 2, 3]
+
+
+def test_no_seed_is_left_for_devices_that_come_into_use_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` seeds them all, and forking the generator of the CPU does not take that back."""
+    seeds: list[int] = []
+    for backend in (torch.cuda, torch.xpu, torch.mtia):
+        monkeypatch.setattr(backend, "manual_seed_all", seeds.append)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 3), nn.Linear(3, 1))
+    trace(model, torch.zeros(2, 2))
+    with measuring(model):
+        model(torch.zeros(2, 2))
+    assert seeds == []
+    torch.manual_seed(0)
+    assert len(seeds) == 3
