@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grow.optim.fused import Rule
+from lightning_grow.optim.fused import ADAM, GRADIENT, NESTEROV, Rule
 from lightning_grow.optim.kept import KEY
 from lightning_grow.optim.tensors import Rate
 
@@ -66,7 +66,7 @@ class Gradient(Direction):
 
     @override
     def rule(self, state: Mapping[str, Any]) -> Rule:
-        return Rule(0)
+        return Rule(GRADIENT)
 
     @override
     def last(self, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
@@ -88,7 +88,7 @@ class Nesterov(FusedDirection):
 
     @override
     def rule(self, state: Mapping[str, Any]) -> Rule:
-        return Rule(1, (self.momentum,))
+        return Rule(NESTEROV, (self.momentum,))
 
     @override
     def last(self, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:
@@ -136,7 +136,7 @@ class Adam(FusedDirection):
 
     @override
     def rule(self, state: Mapping[str, Any]) -> Rule:
-        return Rule(2, (*self.scales(state["step"]), *self.betas))
+        return Rule(ADAM, (*self.scales(state["step"]), *self.betas))
 
     @override
     def last(self, remembered: Sequence[Tensor], state: Mapping[str, Any]) -> Tensor:

@@ -22,6 +22,9 @@ from lightning_grow.optim.tensors import SMALL, dot, flattened, product, total
 SLICE = 2**20
 """Entries of a slice: a call costs little beside it, and there are enough of them for all cores."""
 
+GRADIENT, NESTEROV, ADAM = 0, 1, 2
+"""Kinds of directions, with what they remember: nothing or the last gradient; the momentum, too; both moments."""
+
 Task = Callable[[], None]
 
 
@@ -167,7 +170,7 @@ class Rule(NamedTuple):
     """How the kernels compute a direction; see `kernels.agree` and `kernels.advance`.
 
     Attributes:
-        kind: Of the direction.
+        kind: `GRADIENT`, `NESTEROV` or `ADAM`.
         numbers: That it needs.
     """
 

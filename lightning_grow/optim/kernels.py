@@ -10,6 +10,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from lightning_grow.optim.fused import GRADIENT, NESTEROV
+
 Array = NDArray[np.floating]
 
 BLOCK = 2**12
@@ -88,10 +90,6 @@ def shift(param: Array, grads: tuple[Array, ...], shares: Array, buffer: Array, 
                     p[i] += push * v[i]
 
 
-GRADIENT, NESTEROV, ADAM = 0, 1, 2
-"""Kinds of directions, with what they remember: nothing or the last gradient; the momentum too; both moments."""
-
-
 @_compiled
 def _within(x: float, low: float, high: float) -> float:
     """Return a number within bounds; `min` and `max` would not become vector instructions."""
@@ -112,8 +110,8 @@ def agree(  # noqa: C901 (one pass, with a loop for each kind)
 ) -> None:
     """Sum up H, gradient times last direction; where there are rates for each entry, let them descend along it.
 
-    The last direction is ``prev`` (`GRADIENT`), ``prev + numbers[0] * buffer`` (`NESTEROV`), or
-    ``first / (sqrt(second) * numbers[0] + numbers[1])`` (`ADAM`). Writes the sum of each row, ``sums[row]``. Rates, if
+    The last direction is ``prev`` (`GRADIENT`), ``prev + numbers[0] * buffer`` (`NESTEROV`), or Adam's,
+    ``first / (sqrt(second) * numbers[0] + numbers[1])``. Writes the sum of each row, ``sums[row]``. Rates, if
     they have rows, change by ``bounds[0]`` times H, between ``bounds[1]`` and ``bounds[2]``; ``others`` are the sums of
     H times old rates, and of new rates.
     """

@@ -40,7 +40,7 @@ def polyak_move_(
     :math:`v \leftarrow \mu v - g` and :math:`w \leftarrow w - \gamma g + \mu \gamma v`.
 
     Args:
-        group: Options ``momentum``, ``weight_decay``, ``foreach`` and perhaps ``adjusted_momentum``.
+        group: Options ``momentum``, ``weight_decay``, ``foreach``, ``fused`` and perhaps ``adjusted_momentum``.
         state: The state of the optimizer; ``state[p]["momentum_buffer"]`` is v.
         params: What moves.
         grads: As many.
