@@ -147,7 +147,7 @@ class BORAT(LossOptimizer):
         If the network was changed in the meantime, the parameters stay where they are.
         """
         found = self._notes.get("bundle")
-        if found is not None and self._is_whole(found):
+        if found is not None and self._is_whole(found, is_new=False):
             bundle = _Bundle(**found)
             for group, moved in zip(self.param_groups, bundle.moved, strict=False):
                 part = self._part(group, len(bundle.heights), with_newest=False)
@@ -215,13 +215,18 @@ class BORAT(LossOptimizer):
     def _shapes(self) -> int:
         return shapes_of([p for group in self.param_groups for p in group["params"]])
 
-    def _is_whole(self, found: dict[str, Any]) -> bool:
-        """Return whether a bundle belongs to the network as it is, and its gradients are what they were."""
+    def _is_whole(self, found: dict[str, Any], *, is_new: bool = True) -> bool:
+        """Return whether a bundle belongs to the network as it is, and its gradients are what they were.
+
+        Args:
+            found: The bundle.
+            is_new: Whether there are new gradients by now.
+        """
         if found["shapes"] != self._shapes or len(found["grams"]) != len(self.param_groups):
             return False
         keys = [f"{GRADIENT}_{i}" for i in range(len(found["heights"]))]
         for group in self.param_groups:
-            states = [(p.grad, self.state[p]) for p in group["params"] if p in self.state]
+            states = [(p.grad if is_new else None, self.state[p]) for p in group["params"] if p in self.state]
             kept = [(state[key], grad) for key in keys for grad, state in states if key in state]
             if not self._kept.are_intact(group, [g for g, _ in kept], [grad for _, grad in kept]):
                 return False

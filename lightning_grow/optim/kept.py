@@ -33,7 +33,7 @@ class KeptGradients:
         Args:
             group: The param group.
             kept: Gradients of a step before.
-            grads: The gradient that the same parameter has now, if any.
+            grads: The gradient that the same parameter has now, after another backward pass; None if it has none.
         """
         if group["copy_grad"] or all(self._is_intact(old, new) for old, new in zip(kept, grads, strict=True)):
             return True
@@ -79,4 +79,4 @@ class KeptGradients:
         version = self._reference(kept)
         if version is None:
             return True
-        return kept._version == version and (grad is None or grad is kept or kept.data_ptr() != grad.data_ptr())
+        return kept._version == version and (grad is None or kept.data_ptr() != grad.data_ptr())
