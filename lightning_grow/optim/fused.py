@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import increment_version  # torch does not see what is written through arrays
 
 from lightning_grow.optim.tensors import SMALL, dot, flattened, product, total
 
@@ -150,6 +151,7 @@ def shift_(shifts: Sequence[Shift], momentum: float = 0.0, push: float = 1.0, de
     Returns:
         The places of those that the kernels do not take, which have not moved.
     """
+    written: list[Tensor] = []
     tasks, left = [], []
     for place, (p, grads, shares, buffer, steps) in enumerate(shifts):
         kept = [p, buffer] if buffer is not None and momentum else [p, p]
@@ -162,7 +164,9 @@ def shift_(shifts: Sequence[Shift], momentum: float = 0.0, push: float = 1.0, de
         tasks += [
             _task(_kernels().shift, part[0], part[2:], c, part[1], d, numbers) for part in _slices((*kept, *grads), 1)
         ]
+        written += kept
     _run(tasks)
+    increment_version(written)
     return left
 
 
@@ -210,6 +214,7 @@ def agree(
         found.append(torch.from_numpy(sums))
         pairs.append(others)
     _run(tasks)
+    increment_version([rates for *_, rates in rows if rates is not None])
     if rows[0][2] is None:
         return found, torch.zeros(len(rows), 2, dtype=torch.float64)
     return found, torch.from_numpy(np.array([others.sum(axis=0) for others in pairs]))
@@ -248,6 +253,7 @@ def advance_(
             some, r = (part[2:], _none(dtype)) if rates is None else (part[2:-1], part[-1])
             tasks.append(_task(_kernels().advance, *part[:2], some, rule.kind, numbers, r, own, shares))
     _run(tasks)
+    increment_version([x for param, _, remembered, _ in rows for x in (param, *remembered)])
 
 
 _TYPES = {torch.float32: np.float32, torch.float64: np.float64}

@@ -46,6 +46,15 @@ def test_what_the_kernels_do_not_take_is_left_alone():
     assert (q == 1).all()
 
 
+def test_autograd_sees_that_something_was_written():
+    w = torch.ones(5000, requires_grad=True)
+    loss = (w * w).sum()
+    with torch.no_grad():
+        shift_([Shift(w, [torch.ones(5000)], [1.0])])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def _in_a_child(queue):
     queue.put(products([torch.ones(5000)], [[torch.ones(5000)]]).item())
 
