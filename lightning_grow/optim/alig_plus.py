@@ -210,6 +210,7 @@ class ALIGPlus(LossOptimizer):
             nobody_ends_epochs = self.num_updates > 0 and self.max_epochs is None
             refuse_trainer("ALIGPlus", closure, "trainer" if nobody_ends_epochs else "clipping")
         returned = self._run(closure)
+        share = self._share_of_window()
         self._door.loss = None  # the losses of the examples are what counts
         fed = list(self._waiting)
         self._waiting.clear()
@@ -228,7 +229,7 @@ class ALIGPlus(LossOptimizer):
         indices = torch.cat([f.indices for f in fed]).to(self._device)
         losses = torch.cat([f.losses for f in fed]).to(memory["optimal"])
         self._grow_to(max(f.highest for f in fed) + 1)
-        excess = self._mean_over_ranks((losses - memory["optimal"][indices]).mean())
+        excess = share * self._mean_over_ranks((losses - memory["optimal"][indices]).mean())
         value, square = self._numbers(excess, grads)
         rates = [polyak_rate(value, square, g["eps"], float(g["lr"])) for g in self.param_groups]
         if not is_finite(value, square, *rates):
@@ -241,6 +242,11 @@ class ALIGPlus(LossOptimizer):
             polyak_move_(group, self.state, params, own, rate)
             group["step_size"] = rate
         return returned
+
+    def _share_of_window(self) -> float:
+        """Return by which part gradients are shorter than those of the mean: a window of accumulation was not full."""
+        door = self._door
+        return 1.0 if door.loss is None or door.window is None else door.passes / door.window
 
     @torch.no_grad()
     def end_epoch(self) -> None:

@@ -37,6 +37,8 @@ class _Door:
 
     loss: Loss | None = None
     gradients: tuple[tuple[int, int], ...] = ()
+    passes: int = 0
+    window: int | None = None
 
 
 class LossOptimizer(AdaptiveOptimizer):
@@ -94,12 +96,19 @@ class LossOptimizer(AdaptiveOptimizer):
         self._door.loss = loss
         self._door.gradients = self._gradients_now()
 
-    def add_loss(self, loss: Loss) -> None:
-        """Add to the loss of the next step: once for each backward pass before it."""
+    def add_loss(self, loss: Loss, window: int | None = None) -> None:
+        """Add to the loss of the next step: once for each backward pass before it.
+
+        Args:
+            loss: A number, or a tensor with one.
+            window: By how many passes losses were divided before they were differentiated, if so; there may be fewer.
+        """
         before = self._door.loss
         self.set_loss(loss)
         if before is not None and self._door.loss is not None:
             self._door.loss = before + self._door.loss
+        self._door.passes = 1 if before is None else self._door.passes + 1
+        self._door.window = window
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -73,8 +73,9 @@ class LossFeed(pl.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             value = value / scaler.scale(torch.ones_like(value))  # without waiting for the device
+        window = trainer.accumulate_grad_batches if pl_module.automatic_optimization else None
         for optimizer in self._concerned(loss, trainer.optimizers):
-            optimizer.add_loss(value)
+            optimizer.add_loss(value, window)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
