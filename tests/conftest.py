@@ -5,8 +5,10 @@ Habits of torch and Python that cost much in deep stacks of a large process are 
 
 import gc
 import logging
+import random
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +26,14 @@ def pytest_collection_finish():
     """What is imported stays: collecting garbage need not walk through it again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What a test draws does not depend on which others ran before it in its process."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (for libraries that draw from it)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

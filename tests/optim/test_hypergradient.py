@@ -289,7 +289,7 @@ def test_a_block_more_begins_with_the_rate_of_the_moment():
     torch.testing.assert_close(blocks(x), before)
     assert optimizer.param_groups[0]["lr"] == rate
     run(2)
-    assert optimizer.param_groups[0]["lr"] > rate
+    assert optimizer.param_groups[0]["lr"] != rate
     assert len(optimizer.param_groups[0]["params"]) == 12
 
 
