@@ -27,7 +27,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from rows import append, read
+from rows import append, read, write_table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -397,8 +397,6 @@ def picture(rows: Sequence[Row], path: Path) -> None:
 
 def page(rows: Sequence[Row], path: Path) -> None:
     """Write the page between its two marks; what stands around them is kept."""
-    begin, end = "<!-- table -->", "<!-- end of table -->"
-    text = path.read_text()
     parts = []
     for name, task in TASKS.items():
         mine = [r for r in rows if r.task == name]
@@ -408,8 +406,7 @@ def page(rows: Sequence[Row], path: Path) -> None:
             seeds = min(sum(r.method == m for r in mine) for m in {r.method for r in mine})
             few = "Too few seeds yet to read an order from it; methods that are not listed have not been run.\n\n"
             parts.append(title + "\n\n" + (few if seeds < 5 else "") + table(mine))
-    body = "\n\n".join(parts)
-    path.write_text(text.split(begin)[0] + f"{begin}\n\n{body}\n\n{end}" + text.split(end)[1])
+    write_table(path, "\n\n".join(parts))
 
 
 def wanted(tasks: Sequence[str], methods: Sequence[str], seeds: int) -> Iterator[tuple[str, str, int]]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rows import append, read
+from rows import append, read, write_table
 from torch import Tensor, nn
 
 from lightning_grow.data import read_idx
@@ -201,14 +201,12 @@ def picture(rows: Sequence[Row], path: Path) -> None:
 
 def page(rows: Sequence[Row], path: Path) -> None:
     """Write the tables between the marks of the page; what stands around them is kept."""
-    begin, end = "<!-- table -->", "<!-- end of table -->"
-    text = path.read_text()
     parts = [
         f"**{task.capitalize()}**, {TASKS[task][1]} epochs\n\n{table(rows, task)}"
         for task in TASKS
         if any(r.task == task for r in rows)
     ]
-    path.write_text(text.split(begin)[0] + f"{begin}\n\n" + "\n\n".join(parts) + f"\n\n{end}" + text.split(end)[1])
+    write_table(path, "\n\n".join(parts))
 
 
 def published(data: Sequence[Tensor], seeds: int) -> None:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
-from rows import append, read
+from rows import append, read, write_table
 from torch import Tensor, nn
 
 from lightning_grow.data import read_idx
@@ -374,13 +374,6 @@ def fashion_picture(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write(page: Path, text: str) -> None:
-    """Put tables between the marks of a page; what stands around them is kept."""
-    begin, end = "<!-- table of interpolation -->", "<!-- end of table of interpolation -->"
-    whole = page.read_text()
-    page.write_text(f"{whole.split(begin)[0]}{begin}\n\n{text}\n\n{end}{whole.split(end)[1]}")
-
-
 def main() -> None:
     """Do the runs that are missing, and write the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -414,7 +407,7 @@ def main() -> None:
     fashion_picture(rows, HERE.parent / "images" / "borat_fashion.png")
     for name, text in tables.items():
         print(text)
-        write(HERE / f"{name}.md", text)
+        write_table(HERE / f"{name}.md", text, "table of interpolation")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from rows import write_table
 from torch import Tensor, nn
 
 from lightning_grow.optim.alig import ALIG
@@ -159,13 +160,6 @@ def picture(methods: Mapping[str, Make], rates: tuple[float, ...], results: Resu
     figure.savefig(path, dpi=110)
 
 
-def write(page: Path, text: str) -> None:
-    """Put a table between the marks of a page; what stands around them is kept."""
-    begin, end = "<!-- table -->", "<!-- end of table -->"
-    whole = page.read_text()
-    page.write_text(f"{whole.split(begin)[0]}{begin}\n\n{text}\n\n{end}{whole.split(end)[1]}")
-
-
 def main() -> None:
     """Run everything and write the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -185,7 +179,7 @@ def main() -> None:
             print(f"{name}: {method}, {time.perf_counter() - begin:.0f} s", flush=True)
         print(table(methods, rates, results))
         picture(methods, rates, results, label, HERE.parent / "images" / f"{name}.png")
-        write(HERE / f"{name}.md", table(methods, rates, results))
+        write_table(HERE / f"{name}.md", table(methods, rates, results))
 
 
 if __name__ == "__main__":

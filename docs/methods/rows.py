@@ -1,4 +1,4 @@
-"""Runs as rows of a CSV file: what the evidence commands do not do twice."""
+"""Runs as rows of a CSV file, and tables in pages: what the evidence commands do not do twice."""
 
 from __future__ import annotations
 
@@ -28,3 +28,10 @@ def append(path: Path, row: Any) -> None:
         if is_new:
             writer.writeheader()
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+
+
+def write_table(page: Path, text: str, name: str = "table") -> None:
+    """Put text between the marks of that name in a page; what stands around them is kept."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    whole = page.read_text()
+    page.write_text(f"{whole.split(begin)[0]}{begin}\n\n{text}\n\n{end}{whole.split(end)[1]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_grow.optim.fused import check_fused
+from lightning_grow.optim.kept import KeptGradients
 
 Closure = Callable[[], Any]
 
@@ -28,6 +30,11 @@ class AdaptiveOptimizer(Optimizer):
             if defaults.pop(option, False):
                 raise ValueError(f"{type(self).__name__} does not support `{option}=True`. {_WHY[option]}")
         super().__init__(params, defaults)
+
+    @cached_property
+    def _kept(self) -> KeptGradients:
+        """Which gradients are kept by reference: of this process, in no state and no pickle."""
+        return KeptGradients()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; its options are checked like those of the constructor.

@@ -14,7 +14,6 @@ from lightning_grow.optim.ball import check_ball, follow_growth, project_, shape
 from lightning_grow.optim.base import within
 from lightning_grow.optim.bundle import bundle_weights
 from lightning_grow.optim.fused import Shift, dots, shift_
-from lightning_grow.optim.kept import KeptGradients
 from lightning_grow.optim.loss import LossOptimizer, is_finite
 from lightning_grow.optim.pieces import CHUNK, pieces
 from lightning_grow.optim.polyak import momentum_buffers
@@ -121,13 +120,7 @@ class BORAT(LossOptimizer):
             "differentiable": differentiable,
             "capturable": capturable,
         }
-        self._kept = KeptGradients()
         super().__init__(params, defaults)
-
-    @override
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._kept = KeptGradients()
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:

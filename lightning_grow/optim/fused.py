@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.graph import increment_version  # torch does not see what is written through arrays
 
-from lightning_grow.optim.tensors import SMALL, dot, flattened, product, total
+from lightning_grow.optim.tensors import SMALL, as_flat, dot, flattened, product, total
 
 SLICE = 2**20
 """Entries of a slice: a call costs little beside it, and there are enough of them for all cores."""
@@ -55,11 +55,16 @@ def check_fused(group: dict[str, Any]) -> None:
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Return whether the kernels take these tensors together, and are worth a call."""
-    dtype = tensors[0].dtype
-    if tensors[0].numel() < SMALL or dtype not in _TYPES:
+    """Return whether the kernels take these tensors together, and are worth a call.
+
+    They are laid out alike, and what belongs to one index along dim 0 lies together (``channels_last`` does).
+    """
+    x = tensors[0]
+    if x.numel() < SMALL or x.dtype not in _TYPES:
         return False
-    return all(x.is_cpu and x.dtype == dtype and x.is_contiguous() for x in tensors)
+    if not x.is_contiguous() and (x.stride(0) * x.shape[0] != x.numel() or as_flat(x) is None):
+        return False
+    return all(y.is_cpu and y.dtype == x.dtype and y.stride() == x.stride() for y in tensors)
 
 
 def products(newest: Sequence[Tensor], others: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -112,8 +117,7 @@ def adam_products(rows: Sequence[tuple[Tensor, Tensor, Tensor]], scales: Sequenc
         sums = []
         for part in _slices(row, 1):
             sums.append(np.empty((2, 1)))
-            numbers = np.array(scale, dtype=part[0].dtype)
-            tasks.append(_task(_kernels().adam_product, *part, numbers, sums[-1]))
+            tasks.append(_task(_kernels().adam_product, *part, _array(scale, _TYPES[row[0].dtype]), sums[-1]))
         found.append(sums)
     _run(tasks)
     return [torch.from_numpy(np.sum(sums, axis=0)[:, 0]) for sums in found]
@@ -159,8 +163,8 @@ def shift_(shifts: Sequence[Shift], momentum: float = 0.0, push: float = 1.0, de
             left.append(place)
             continue
         dtype = _TYPES[p.dtype]
-        c, d = np.array(shares, dtype=dtype), np.array(steps or [0.0] * len(grads), dtype=dtype)
-        numbers = np.array([momentum if buffer is not None else 0.0, push, decay], dtype=dtype)
+        c, d = _array(tuple(shares), dtype), _array(tuple(steps or [0.0] * len(grads)), dtype)
+        numbers = _array((momentum if buffer is not None else 0.0, push, decay), dtype)
         tasks += [
             _task(_kernels().shift, part[0], part[2:], c, part[1], d, numbers) for part in _slices((*kept, *grads), 1)
         ]
@@ -280,9 +284,16 @@ def _task(kernel: Any, *arguments: Any) -> Task:
     return lambda: kernel(*arguments)
 
 
+def _entries(x: Tensor) -> NDArray[Any]:
+    """Return a tensor that fits as an array, in the order of memory."""
+    x = x.detach() if x.requires_grad else x
+    array: NDArray[Any] = (x if x.is_contiguous() else x.as_strided((x.numel(),), (1,))).numpy()
+    return array
+
+
 def _slices(tensors: Sequence[Tensor], num_units: int) -> Iterator[tuple[NDArray[Any], ...]]:
     """Yield matching slices of tensors as arrays, a row for each unit."""
-    arrays = [(x.detach() if x.requires_grad else x).numpy().reshape(num_units, -1) for x in tensors]
+    arrays = [_entries(x).reshape(num_units, -1) for x in tensors]
     size = arrays[0].shape[1]
     if arrays[0].size <= SLICE:
         yield tuple(arrays)

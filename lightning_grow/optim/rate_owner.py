@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grow.optim.base import AdaptiveOptimizer, at_least_zero, check_bounds, within
-from lightning_grow.optim.kept import KeptGradients
 
 
 class RateOwner(AdaptiveOptimizer):
@@ -22,17 +20,6 @@ class RateOwner(AdaptiveOptimizer):
         defaults: Options of a param group, with those of `AdaptiveOptimizer`, ``hypergrad_lr``, ``weight_decay``,
             ``decoupled_weight_decay``, ``lr_min`` and ``lr_max`` among them; ``copy_grad`` where gradients are kept.
     """
-
-    _kept: KeptGradients
-
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        self._kept = KeptGradients()
-        super().__init__(params, defaults)
-
-    @override
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._kept = KeptGradients()
 
     @override
     def _check(self, group: dict[str, Any]) -> None:

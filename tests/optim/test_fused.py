@@ -70,3 +70,12 @@ def test_they_work_in_a_process_that_was_forked_after_they_were_used():
     child.join(60)
     assert child.exitcode == 0
     assert queue.get() == 5000
+
+
+def test_channels_last_is_taken_and_what_is_transposed_is_not():
+    x = torch.randn(20, 10, 5, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
+    assert fused.fits(x, x.clone())
+    assert not fused.fits(x, x.contiguous())
+    assert not fused.fits(torch.randn(100, 100).T)
+    (row,), _ = fused.agree([(x, [x], None)], [20], [fused.Rule(fused.GRADIENT)], (0.0, 0.0, 0.0))
+    torch.testing.assert_close(row, x.square().flatten(1).sum(1))
